@@ -1,0 +1,67 @@
+# Every target makes its own .venv and installs what it needs; a second run finds the stamps and starts at once.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+TORCH ?= torch
+WORKERS ?= 2
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint bench clean help
+
+demo: .venv/.stamp-demo  ## the method end to end on handwritten digits, on a CPU
+	$(BIN)/python examples/digits.py
+
+test: .venv/.stamp-dev  ## the tests, without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+test-slow: .venv/.stamp-dev  ## the slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1800
+
+lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.stamp-dev  ## speed and memory of mining and tuning; tables, and JSON in benchmarks/results
+	$(BIN)/python benchmarks/build_basis.py
+	$(BIN)/python benchmarks/tuner.py
+
+clean:  ## remove .venv, caches and build outputs
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@echo "usage: make TARGET [PYTHON=python3] [TORCH=torch]"
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
+	  printf '%-12s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo "PYTHON is the interpreter for .venv (3.11 or newer); TORCH is the requirement installed first, for example"
+	@echo "TORCH=torch==2.13.0. Both are read when .venv is made: run 'make clean' after changing them."
+
+# One stamp per extra: .venv/.stamp-dev means that the package and its [dev] extra are installed.
+# torch goes first, so that the choice of build is the caller's and not the resolver's.
+.venv/.stamp-%: pyproject.toml .venv/.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# Debian ships venv apart from Python: without it, root gets it installed and everybody else a sentence.
+.venv/.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' is not Python 3.11 or newer; name one that is: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	  package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$$package"; \
+	  else \
+	    echo "make: '$(PYTHON)' has no venv module; install it first, on Debian with: apt-get install $$package" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+	$(PYTHON) -m venv .venv
+	@touch $@
