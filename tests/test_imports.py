@@ -1,7 +1,7 @@
 """Imports between rooms go one way, and `import peft_attrsub` costs nothing that it need not cost.
 
-A room is a folder of the package. What it may import of ours is the table in `MAY_IMPORT`; the files beside the rooms
-(`__init__.py`, `cli.py`) stand on top and may import every room, and nothing in a room may import them.
+A room is a folder of the package. What it may import of ours is the table in `MAY_IMPORT`; the files beside
+the rooms (`__init__.py`, `cli.py`) stand on top and may import every room, and no room may import them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 def imported_names(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
     """Line and absolute dotted name of every import in `source`, wherever in the file it stands.
 
-    `from a import b` gives `a.b`: b may be a module. Relative imports are resolved against `module`, the file's own
-    dotted name; `is_package` says that the file is an `__init__.py`. `import_module("a.b")` counts as an import.
+    `from a import b` gives `a.b`: b may be a module. Relative imports are resolved against `module`, the
+    dotted name of the file; `is_package`: the file is an `__init__.py`. `import_module("a.b")` counts too.
     """
     parts = module.split(".")
     here = parts if is_package else parts[:-1]
@@ -146,7 +146,7 @@ def run_fresh(code: str) -> str:
 
 
 def test_import_adds_nothing_heavy() -> None:
-    """Of the heavy packages, only those that PEFT's own import loads where they are installed (transformers: scipy)."""
+    """Only what PEFT's own import loads already: transformers takes scipy where it is installed."""
     count = f"print(sorted(sys.modules.keys() & set({HEAVY!r})))"
     before, after = run_fresh(f"import peft\n{count}\nimport peft_attrsub\n{count}").splitlines()
     assert after == before

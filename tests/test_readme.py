@@ -1,8 +1,8 @@
 """What the README shows works: its ```python blocks and its `peft-attrsub` lines, from top to bottom.
 
-Everything runs in one fresh Python process in an empty folder, so that a block may use what an earlier one made, as a
-reader's session would. Of a ```bash block only the lines that start with `peft-attrsub` run. Fences of any other
-language are shown, not run.
+Everything runs in one fresh Python process in an empty folder, so that a block may use what an earlier one
+made, as a reader's session would. Of a ```bash block only the lines that start with `peft-attrsub` run.
+Fences of any other language are shown, not run.
 """
 
 from __future__ import annotations
