@@ -9,6 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+# PEFT imports torchao where it is installed, which then talks on stderr about its GPU kernels.
+os.environ["TORCHAO_FORCE_SKIP_LOADING_SO_FILES"] = "1"
+os.environ["TORCH_LOGS"] = "-torch.utils._pytree"
 
 import random
 
