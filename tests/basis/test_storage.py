@@ -1,0 +1,323 @@
+"""A basis on disk: what is written, what is read back, what is read at all, and what is refused."""
+
+import contextlib
+import copy
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft_attrsub import Basis, BasisError
+
+from .helpers import ATTRIBUTES, SHAPES, make_basis
+
+
+def assert_same(one, two):
+    assert one.attributes == two.attributes and one.modules == two.modules
+    for module in one.modules:
+        for attribute in one.attributes:
+            for a, b in zip(one.factors(module, attribute), two.factors(module, attribute), strict=True):
+                assert a.dtype == b.dtype and torch.equal(a, b)
+            assert torch.equal(
+                torch.as_tensor(one.weights(module, attribute)),
+                torch.as_tensor(two.weights(module, attribute)),
+            )
+            for a, b in zip(one.spectrum(module, attribute), two.spectrum(module, attribute), strict=True):
+                torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-6, atol=0)
+
+
+def weight_files(folder):
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def test_save_and_load_is_exact(basis, saved):
+    assert sorted(p.name for p in saved.iterdir()) >= ["README.md", "basis.safetensors", "basis_config.json"]
+    loaded = Basis.from_pretrained(saved)
+    assert_same(basis, loaded)
+    assert loaded.digest == basis.digest
+    loaded.verify()
+
+
+def test_a_string_path_works_too(basis, saved):
+    assert Basis.from_pretrained(str(saved)).digest == basis.digest
+
+
+def test_config_tells_where_the_basis_comes_from(saved):
+    text = json.dumps(json.loads((saved / "basis_config.json").read_text()))
+    for word in ("toy/base", "alpha", "eps", "texture", "geometry", "adapter-0", "adapter-2", "sha256"):
+        assert word in text, f"{word} is missing from basis_config.json"
+    assert (saved / "README.md").read_text().startswith("---\n"), "a model card starts with its metadata"
+
+
+def test_loaded_basis_can_be_saved_again_even_over_itself(basis, saved, tmp_path):
+    Basis.from_pretrained(saved).save_pretrained(tmp_path / "copy")
+    assert Basis.from_pretrained(tmp_path / "copy").digest == basis.digest
+    Basis.from_pretrained(saved).save_pretrained(saved, overwrite=True)
+    assert_same(basis, Basis.from_pretrained(saved))
+
+
+def test_existing_folder_is_refused_without_overwrite(basis, saved, tmp_path_factory):
+    with pytest.raises(BasisError, match="basis"):
+        basis.save_pretrained(saved)
+    other = make_basis(tmp_path_factory.mktemp("other"), seed=1)
+    other.save_pretrained(saved, overwrite=True)
+    assert Basis.from_pretrained(saved).digest == other.digest != basis.digest
+
+
+def test_overwrite_does_not_delete_a_folder_that_is_no_basis(basis, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with contextlib.suppress(BasisError):
+        basis.save_pretrained(tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_nothing_but_the_final_folder_remains(basis, tmp_path):
+    basis.save_pretrained(tmp_path / "basis")
+    basis.save_pretrained(tmp_path / "basis", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["basis"]
+
+
+def test_failed_save_leaves_the_old_basis(basis, saved, monkeypatch):
+    """A disk that fills up while the weights are written: the error comes out, the old basis stays."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "save_file", None) is save_file and getattr(module, "__name__", "").startswith(
+            "peft_attrsub"
+        ):
+            monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("safetensors.torch.serialize_file", full, raising=False)
+    smaller = basis.select(dim=1)
+    with pytest.raises((OSError, BasisError)):
+        smaller.save_pretrained(saved, overwrite=True)
+    monkeypatch.undo()
+    assert Basis.from_pretrained(saved).digest == basis.digest
+    assert [p.name for p in saved.parent.iterdir()] == ["basis"]
+
+
+# ---- shards ----
+
+
+def test_shards_and_index(basis, tmp_path):
+    basis.save_pretrained(tmp_path / "basis", max_shard_size=1000)
+    files = weight_files(tmp_path / "basis")
+    assert len(files) > 2
+    index = json.loads((tmp_path / "basis" / "basis.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f.name for f in files}
+    stored = {key: f.name for f in files for key in load_file(f)}
+    assert index["weight_map"] == stored
+    loaded = Basis.from_pretrained(tmp_path / "basis")
+    assert_same(basis, loaded)
+    assert loaded.digest == basis.digest
+    loaded.verify()
+
+
+def test_going_back_to_one_file_leaves_no_stale_shard(basis, tmp_path):
+    basis.save_pretrained(tmp_path / "basis", max_shard_size="2KB")
+    basis.save_pretrained(tmp_path / "basis", overwrite=True)
+    assert [f.name for f in weight_files(tmp_path / "basis")] == ["basis.safetensors"]
+    assert not (tmp_path / "basis" / "basis.safetensors.index.json").exists()
+
+
+def test_missing_shard_is_named(basis, tmp_path):
+    basis.save_pretrained(tmp_path / "basis", max_shard_size=1000)
+    gone = weight_files(tmp_path / "basis")[1]
+    gone.unlink()
+    with pytest.raises(BasisError, match=gone.name):
+        Basis.from_pretrained(tmp_path / "basis").verify()
+
+
+# ---- lazy reading ----
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the tensors that leave the disk through safetensors, whoever asks."""
+    names = []
+    real = safetensors.safe_open
+
+    class SpySlice:  # asking for a shape reads the header only
+        def __init__(self, name, view):
+            self.name, self.view = name, view
+
+        def __getitem__(self, index):
+            names.append(self.name)
+            return self.view[index]
+
+        def __getattr__(self, attribute):
+            return getattr(self.view, attribute)
+
+    class Spy:
+        def __init__(self, *args, **kwargs):
+            self.file = real(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def get_tensor(self, name):
+            names.append(name)
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name):
+            return SpySlice(name, self.file.get_slice(name))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "safe_open", None) is real:
+            monkeypatch.setattr(module, "safe_open", Spy)
+    return names
+
+
+def test_only_what_is_asked_for_is_read(saved, reads):
+    basis = Basis.from_pretrained(saved)
+    assert basis.attributes == ATTRIBUTES and sorted(basis.modules) == sorted(SHAPES)
+    repr(basis)
+    assert reads == [], "opening, listing and printing a basis must read no tensor"
+    basis.factors("block.0.fc", "geometry")
+    assert 1 <= len(set(reads)) <= 3
+    assert all("block.0.fc" in name and "geometry" in name for name in reads)
+
+
+def test_joint_reads_only_its_module_and_attributes(saved, reads):
+    Basis.from_pretrained(saved).joint("block.1.proj", ["texture"])
+    assert reads and all("block.1.proj" in name and "texture" in name for name in reads)
+
+
+def test_select_stays_lazy(saved, reads):
+    small = Basis.from_pretrained(saved).select(attributes=["texture"], dim=2, modules=["block.0.fc"])
+    assert reads == []
+    small.factors("block.0.fc", "texture")
+    assert reads and all("block.0.fc" in name and "texture" in name for name in reads)
+
+
+# ---- dtype, digest ----
+
+
+def test_bfloat16(tmp_path):
+    full = make_basis(tmp_path / "adapters")
+    half = make_basis(tmp_path / "adapters2", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "basis")
+    loaded = Basis.from_pretrained(tmp_path / "basis")
+    assert_same(half, loaded)
+    for module in full.modules:
+        for wide, narrow in zip(
+            full.factors(module, "texture"), loaded.factors(module, "texture"), strict=True
+        ):
+            assert narrow.dtype == torch.bfloat16
+            torch.testing.assert_close(narrow.float(), wide, rtol=1e-2, atol=1e-2)
+    assert loaded.digest == half.digest != full.digest
+    stored = load_file(tmp_path / "basis" / "basis.safetensors")
+    assert stored["texture.block.0.fc.Ut"].dtype == torch.bfloat16, "half the size on disk is the point"
+
+
+def test_saving_in_another_dtype_leaves_the_basis_in_memory_alone(tmp_path):
+    basis = make_basis(tmp_path / "adapters")
+    before, digest = basis.factors("block.0.fc", "texture"), basis.digest
+    basis.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    for old, new in zip(before, basis.factors("block.0.fc", "texture"), strict=True):
+        assert torch.equal(old, new)
+    basis.verify()
+    assert basis.digest == digest != Basis.from_pretrained(tmp_path / "half").digest
+    Basis.from_pretrained(tmp_path / "half").verify()
+
+
+def test_failed_rename_leaves_the_basis_in_memory_alone(basis, tmp_path, monkeypatch):
+    digest = basis.digest
+    basis.save_pretrained(tmp_path / "good")
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.rename", fail)
+    with pytest.raises((OSError, BasisError)):
+        basis.save_pretrained(tmp_path / "bad")
+    monkeypatch.undo()
+    assert basis.digest == digest
+    assert [p.name for p in tmp_path.iterdir()] == ["good"]
+    basis.verify()
+
+
+def test_a_basis_opened_before_it_is_overwritten_still_reads_its_own_numbers(basis, saved, tmp_path_factory):
+    opened = Basis.from_pretrained(saved)
+    make_basis(tmp_path_factory.mktemp("other"), seed=1).save_pretrained(saved, overwrite=True)
+    try:
+        got = opened.factors("block.0.fc", "texture")
+    except BasisError:
+        return  # saying so is as good; other numbers under the old digest are not
+    for a, b in zip(got, basis.factors("block.0.fc", "texture"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pickling_and_copying(basis, saved):
+    loaded = Basis.from_pretrained(saved)
+    loaded.factors("block.0.fc", "texture")
+    for other in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded), copy.copy(loaded)):
+        assert_same(basis, other)
+
+
+def test_digest_is_the_same_for_the_same_content(tmp_path):
+    one, two = make_basis(tmp_path / "a"), make_basis(tmp_path / "b")
+    assert one.digest == two.digest
+    assert isinstance(one.digest, str) and len(one.digest) >= 64
+
+
+def raw(basis):
+    return {
+        a: {m: tuple(t.clone() for t in basis.factors(m, a)) for m in basis.modules} for a in basis.attributes
+    }
+
+
+CHANGES = {
+    "one_value_of_U": lambda f: f["texture"]["block.0.fc"][0].__setitem__((0, 0), 0.125),
+    "one_value_of_S": lambda f: f["geometry"]["block.1.proj"][1].mul_(1 + 1e-6),
+    "one_value_of_V": lambda f: f["texture"]["block.1.proj"][2].neg_(),
+    "attribute_name": lambda f: f.__setitem__("textures", f.pop("texture")),
+    "module_name": lambda f: f["texture"].__setitem__("block.0.fc2", f["texture"].pop("block.0.fc")),
+    "swapped_attributes": lambda f: f.update(texture=f["geometry"], geometry=f["texture"]),
+    "swapped_modules_content": lambda f: f.update(
+        texture={**f["texture"], "block.0.fc": tuple(t.flip(0) for t in f["texture"]["block.0.fc"])}
+    ),
+    "fewer_columns": lambda f: f["texture"].update(
+        {"block.0.fc": tuple(t[..., :2].contiguous() for t in f["texture"]["block.0.fc"])}
+    ),
+    "dtype": lambda f: f["texture"].update(
+        {"block.0.fc": tuple(t.to(torch.bfloat16) for t in f["texture"]["block.0.fc"])}
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_digest_sees_every_change(basis, change):
+    original = Basis.from_factors(raw(basis))
+    assert original.digest == Basis.from_factors(raw(basis)).digest
+    changed = raw(basis)
+    CHANGES[change](changed)
+    if change == "module_name":
+        changed["geometry"]["block.0.fc2"] = changed["geometry"].pop("block.0.fc")
+    try:
+        digest = Basis.from_factors(changed).digest
+    except BasisError:
+        assert change == "dtype", "only a basis of two dtypes may be refused"
+        return
+    assert digest != original.digest
+
+
+def test_repr_is_readable(basis):
+    text = repr(basis)
+    assert "texture" in text and "geometry" in text and "2" in text
+    assert len(text) < 1000 and "object at 0x" not in text and "tensor(" not in text
