@@ -1,0 +1,26 @@
+"""What a basis is, how it is stored, and how it is mined from adapters."""
+
+from .adapters import LoraAdapter
+from .allocation import effective_rank
+from .basis import Basis
+from .build import build_basis
+from .config import BasisConfig
+from .errors import BasisError
+from .irls import IrlsSettings, SharedSubspace, shared_subspace
+from .layout import ModuleLayout
+from .weights import psv_basis, random_basis
+
+__all__ = [
+    "Basis",
+    "BasisConfig",
+    "BasisError",
+    "IrlsSettings",
+    "LoraAdapter",
+    "ModuleLayout",
+    "SharedSubspace",
+    "build_basis",
+    "effective_rank",
+    "psv_basis",
+    "random_basis",
+    "shared_subspace",
+]

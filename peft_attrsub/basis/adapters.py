@@ -1,0 +1,217 @@
+"""Saved LoRA adapters, read lazily and scaled right: dW = s * lora_B @ lora_A for every module.
+
+s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora, r and lora_alpha per module by rank_pattern and
+alpha_pattern, exactly as PEFT matches them. Only safetensors and JSON are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import BasisError
+from .files import fetch, file_sha256
+from .layout import ModuleLayout
+from .naming import natural_key, some, strip_peft_prefix
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PAIRS = {
+    ".lora_A.weight": (".lora_B.weight", False),
+    ".lora_embedding_A": (".lora_embedding_B", True),
+}
+# Settings under which lora_B @ lora_A is not the change of the base weight.
+_REFUSED = {
+    "use_dora": "DoRA rescales the weight's columns, so its update is not low-rank",
+    "lora_bias": "lora_bias adds a bias to lora_B, which a basis cannot hold",
+    "target_parameters": "target_parameters (MoE experts) adapts stacked parameters, which a basis cannot hold",
+    "use_qalora": "QA-LoRA pools the input, so lora_A does not match the weight's shape",
+    "use_bdlora": "block-diagonal LoRA stores its factors in another layout",
+    "kasa_config": "KaSA trains a diagonal beside the factors",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "layer_replication": "layer_replication renames the modules",
+}
+# These initialisations move a part of W into the adapter: lora_B @ lora_A is then not the change of W.
+_MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraEntry:
+    """One adapted module of one adapter: tensor names, rank, scaling and layout."""
+
+    key_a: str
+    key_b: str
+    rank: int
+    scaling: float
+    layout: ModuleLayout
+
+
+class LoraAdapter:
+    """A saved LoRA adapter. Opening reads the config and the names; `read` reads one module.
+
+    Args:
+        source: a folder, a Hub id (`user/name`, `user/name@revision`) or a .safetensors file with
+            adapter_config.json beside it.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        self.source = os.fspath(source)
+        path = Path(self.source).expanduser()
+        self.revision: str | None = None
+        if path.suffix == ".safetensors":
+            if not path.is_file():
+                raise BasisError(f"adapter file {self.source!r} does not exist.")
+            self.path, folder = path, path.parent
+        else:
+            folder, self.revision = fetch(self.source, [WEIGHTS, CONFIG], "adapter")
+            self.path = folder / WEIGHTS
+        self.config = self._read_config(folder)
+        self._check_weights(folder)
+        self._handle: Any = None
+        self._depth = 0
+        with self:
+            self.entries = self._index()
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def public_name(self) -> str:
+        """The source as it may be published: an absolute path tells only its last part."""
+        return Path(self.source).name if os.path.isabs(self.source) else self.source
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.entries)
+
+    def sha256(self) -> str:
+        return file_sha256(self.path)
+
+    def read(self, module: str) -> tuple[Tensor, Tensor]:
+        """P (n x r) and Q (m x r) with dW = P Q^T; the scaling is in P."""
+        entry = self.entries[module]
+        with self:
+            a, b = self._handle.get_tensor(entry.key_a), self._handle.get_tensor(entry.key_b)
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise BasisError(
+                f"adapter {self.source!r} holds NaN or inf in module {module!r}: leave the adapter out or retrain it."
+            )
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        left = b.to(wide).reshape(entry.layout.n, entry.rank) * entry.scaling
+        return left, a.to(wide).reshape(entry.rank, entry.layout.m).T
+
+    def reopened(self) -> LoraAdapter:
+        """The same adapter with a file handle of its own, for another thread."""
+        twin = copy.copy(self)
+        twin._handle, twin._depth = None, 0
+        return twin
+
+    def __enter__(self) -> LoraAdapter:
+        """Hold the file open: several reads then cost one opening. Re-entrant."""
+        if self._handle is None:
+            try:
+                self._handle = safe_open(str(self.path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BasisError(f"adapter file {str(self.path)!r} cannot be read: {error}.") from error
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._handle = None
+
+    def _read_config(self, folder: Path) -> dict[str, Any]:
+        path = folder / CONFIG
+        if not path.is_file():
+            raise BasisError(f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown.")
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:
+            raise BasisError(f"{str(path)!r} is not valid JSON: {error}.") from error
+        kind = str(config.get("peft_type")).upper().rpartition(".")[2]
+        if kind != "LORA":
+            raise BasisError(f"adapter {self.source!r} is of PEFT type {kind!r}: a basis is mined from LORA adapters.")
+        for key, reason in _REFUSED.items():
+            if config.get(key):
+                raise BasisError(f"adapter {self.source!r} uses {key}: {reason}; train it without {key}.")
+        start = str(config.get("init_lora_weights", "")).lower()
+        if start.startswith(_MOVES_WEIGHT):
+            raise BasisError(
+                f"adapter {self.source!r} was initialised by {start!r}, which moves a part of the base weight into it: "
+                "convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) first."
+            )
+        extras = [k for k in ("modules_to_save", "trainable_token_indices") if config.get(k)]
+        extras += ["bias"] if config.get("bias", "none") != "none" else []
+        if extras:
+            warnings.warn(
+                f"adapter {self.source!r} also trained {', '.join(extras)}, which a basis does not hold; "
+                "only its LoRA is mined.",
+                stacklevel=3,
+            )
+        return config
+
+    def _check_weights(self, folder: Path) -> None:
+        if self.path.is_file():
+            return
+        if (folder / "adapter_model.bin").is_file():
+            raise BasisError(
+                f"adapter {self.source!r} is saved as a pickle (adapter_model.bin), which is not loaded because it can "
+                "run code: load it with PEFT and save it again as safetensors."
+            )
+        raise BasisError(f"adapter {self.source!r} has no {WEIGHTS}.")
+
+    def _index(self) -> dict[str, LoraEntry]:
+        keys = set(self._handle.keys())
+        if any("lora_magnitude_vector" in key for key in keys):
+            raise BasisError(f"adapter {self.source!r} uses use_dora: {_REFUSED['use_dora']}.")
+        entries = {}
+        for key in sorted(keys, key=natural_key):
+            for ending, (partner, embedding) in _PAIRS.items():
+                if key.endswith(ending):
+                    stem = key.removesuffix(ending)
+                    if stem + partner not in keys:
+                        raise BasisError(f"adapter {self.source!r} has {key!r} but lacks {stem + partner!r}.")
+                    name = strip_peft_prefix(stem)
+                    entries[name] = self._entry(name, key, stem + partner, embedding)
+        if not entries:
+            raise BasisError(f"adapter {self.source!r} holds no LoRA tensors (found {some(sorted(keys))}).")
+        return entries
+
+    def _entry(self, name: str, key_a: str, key_b: str, embedding: bool) -> LoraEntry:
+        shape_a = tuple(self._handle.get_slice(key_a).get_shape())
+        shape_b = tuple(self._handle.get_slice(key_b).get_shape())
+        if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= 5:
+            raise BasisError(
+                f"adapter {self.source!r}, module {name!r}: shapes {shape_a}, {shape_b} are no LoRA factors."
+            )
+        rank = shape_a[0]
+        if shape_b[1] != rank:
+            raise BasisError(
+                f"adapter {self.source!r}, module {name!r}: factors {shape_a} and {shape_b} belong to a grouped "
+                "convolution, whose LoRA is not one low-rank matrix; leave the module out with modules=."
+            )
+        pattern = self.config.get("rank_pattern") or {}
+        expected = pattern.get(get_pattern_key(list(pattern), name), self.config.get("r", rank))
+        if expected != rank:
+            raise BasisError(
+                f"adapter {self.source!r}, module {name!r} has rank {rank} in the file but {expected} in {CONFIG}."
+            )
+        pattern = self.config.get("alpha_pattern") or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), name), self.config.get("lora_alpha", rank))
+        scaling = alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
+        return LoraEntry(key_a, key_b, rank, scaling, ModuleLayout.from_lora(shape_a, shape_b, embedding))

@@ -1,0 +1,402 @@
+"""Basis: for every module and attribute a low-rank subspace U (n x d), S (d), V (m x d)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .card import model_card
+from .config import CONFIG_NAME, AttributeRecord, BasisConfig
+from .errors import BasisError
+from .files import atomic_folder, fetch
+from .joint import check_columns, orthonormalise, spectral_weights
+from .layout import ModuleLayout
+from .naming import check_attribute, natural_key, nearest, some
+from .storage import FACTORS, INDEX_NAME, RECORDS, TENSORS_NAME, FileStore, MemoryStore, Store, tensor_hash
+
+_PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Dim = int | Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One subspace: where its tensors are, under which name, and how many directions are in use."""
+
+    store: Store
+    name: str
+    dim: int
+    stored: int
+
+
+class Basis:
+    """Subspaces of several attributes over the modules of one model; immutable.
+
+    Made by `build_basis`, `psv_basis`, `random_basis`, `Basis.from_factors` or `Basis.from_pretrained`. A
+    basis from disk is lazy: tensors are read when asked for, and checked against their sha256 when read whole.
+    """
+
+    def __init__(
+        self,
+        config: BasisConfig,
+        blocks: dict[str, dict[str, _Block]],
+        source: str | list[str] | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.config = config
+        self._blocks = blocks
+        self._digest: str | None = None
+        self._checked: set[str] = set()
+        #: Folder or Hub id this basis was read from or written to; None while it exists only in memory.
+        self.source = source
+        self.revision = revision
+
+    # What it holds
+
+    @property
+    def attributes(self) -> list[str]:
+        """Names of the attributes, in order."""
+        return list(self._blocks)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the modules as the base model has them (blocks.2 before blocks.10)."""
+        return list(self.config.modules)
+
+    def layout(self, module: str) -> ModuleLayout:
+        """Kind and shape (n, m) of a module."""
+        self._require(module)
+        return self.config.modules[module]
+
+    def dim(self, module: str, attribute: str) -> int:
+        """Number of directions d of an attribute in a module."""
+        return self._block(module, attribute).dim
+
+    def factors(self, module: str, attribute: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U (n x d), S (d), V (m x d), columns by falling singular value."""
+        ut, s, vt = self._stored(module, attribute)
+        return ut.T, s, vt.T
+
+    def spectrum(self, module: str, attribute: str) -> tuple[Tensor, Tensor]:
+        """Singular values of C (paper, section 3.3) at the first and at the last IRLS iteration."""
+        return self.record(module, attribute, "first"), self.record(module, attribute, "last")
+
+    def weights(self, module: str, attribute: str) -> Tensor:
+        """Final IRLS weight of each source adapter (k), mean 1: small means muted as an outlier."""
+        return self.record(module, attribute, "weights")
+
+    def record(self, module: str, attribute: str, part: str) -> Tensor:
+        """first, last (spectra), weights, residuals (||L - dW_i|| / ||dW_i||), energy (share of ||dW_i||^2)."""
+        if part not in RECORDS:
+            raise BasisError(f"{part!r} is no record of a basis: use one of {', '.join(RECORDS)}.")
+        block = self._block(module, attribute)
+        name = f"{block.name}.{part}"
+        if name not in block.store:
+            raise BasisError(f"attribute {attribute!r} was not mined from adapters, so it has no {part}.")
+        return block.store.get(name)
+
+    def joint(
+        self,
+        module: str,
+        attributes: Sequence[str] | None = None,
+        dim: Dim = None,
+        columns: str = "orthonormal",
+    ) -> tuple[Tensor, Tensor, dict[str, tuple[slice, slice]]]:
+        """A (n x D_A), B (m x D_B) for dW = A M B^T, and each attribute's columns (slice in A, slice in B).
+
+        Directions that an earlier attribute already spans are dropped, so D_A and D_B can differ (paper,
+        section 3.4). columns: "orthonormal", or "spectral" (weighted by sqrt(S_j / max S)).
+        """
+        check_columns(columns)
+        chosen = self.select(attributes, dim) if attributes is not None or dim is not None else self
+        factors = {a: chosen.factors(module, a) for a in chosen.attributes}
+        left = orthonormalise({a: u for a, (u, _, _) in factors.items()})
+        right = orthonormalise({a: v for a, (_, _, v) in factors.items()})
+        a, b = left.q, right.q
+        if columns == "spectral":
+            spectra = {name: s for name, (_, s, _) in factors.items()}
+            a = a * spectral_weights(spectra, left.kept)
+            b = b * spectral_weights(spectra, right.kept)
+        pairs = {name: (left.slices[name], right.slices[name]) for name in chosen.attributes}
+        return a, b, pairs
+
+    # Smaller and larger ones
+
+    def select(
+        self, attributes: Sequence[str] | None = None, dim: Dim = None, modules: Iterable[str] | None = None
+    ) -> Basis:
+        """A view with fewer attributes (in the order given), directions or modules; nothing is copied."""
+        names = self.attributes if attributes is None else [attributes] if isinstance(attributes, str) else attributes
+        for name in names:
+            self._require_attribute(name)
+        if len(set(names)) != len(names):
+            raise BasisError(f"attributes={list(names)!r} names one twice.")
+        dims = check_dims(dim, self.attributes)
+        kept = self.modules if modules is None else sorted(set(modules), key=natural_key)
+        for module in kept:
+            self._require(module)
+        blocks: dict[str, dict[str, _Block]] = {}
+        for name in names:
+            row = {m: self._blocks[name][m] for m in kept}
+            limit = dims(name)
+            if limit is not None:
+                row = {m: replace(b, dim=min(b.dim, limit)) for m, b in row.items()}
+            blocks[name] = row
+        by_name = {a.name: a for a in self.config.attributes}
+        records = [replace(by_name[n], hashes=_kept_hashes(by_name[n], blocks[n])) for n in names]
+        layouts = {m: self.config.modules[m] for m in kept}
+        config = replace(self.config, attributes=records, modules=layouts, digest=None)
+        return Basis(config, blocks)
+
+    @staticmethod
+    def combine(bases: Sequence[Basis]) -> Basis:
+        """Put the attributes of several bases of one model side by side, in order; nothing is copied."""
+        if not bases:
+            raise BasisError("combine got no basis: give at least one.")
+        first = bases[0]
+        blocks: dict[str, dict[str, _Block]] = {}
+        records: list[AttributeRecord] = []
+        for basis in bases:
+            _check_same_model(first, basis)
+            for record in basis.config.attributes:
+                if record.name in blocks:
+                    raise BasisError(f"attribute {record.name!r} is in two of the bases: rename or select it away.")
+                blocks[record.name] = basis._blocks[record.name]
+                records.append(record)
+        sources = [basis.source for basis in bases]
+        flat = [s for s in sources if isinstance(s, str)]
+        config = replace(first.config, attributes=records, digest=None, command=None)
+        return Basis(config, blocks, source=flat if len(flat) == len(bases) else None)
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor, Tensor]]],
+        base_model: str | None = None,
+        layouts: Mapping[str, ModuleLayout] | None = None,
+        records: Sequence[AttributeRecord] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Basis:
+        """A basis in memory from {attribute: {module: (U n x d, S d, V m x d)}} with orthonormal U and V.
+
+        layouts: for modules that are not linear. records, extras: provenance, as `build_basis` fills them.
+        """
+        if not factors or not any(factors.values()):
+            raise BasisError("from_factors got no subspace: give {attribute: {module: (U, S, V)}}.")
+        if dtype not in DTYPES.values():
+            raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+        names = sorted(next(iter(factors.values())), key=natural_key)
+        tensors: dict[str, Tensor] = dict(extras or {})
+        shapes: dict[str, ModuleLayout] = {}
+        for attribute, row in factors.items():
+            check_attribute(attribute)
+            if set(row) != set(names):
+                difference = sorted(set(row) ^ set(names), key=natural_key)
+                raise BasisError(f"attribute {attribute!r} covers other modules than the first: {some(difference)}.")
+            for module in names:
+                u, s, v = row[module]
+                layout = (layouts or {}).get(module) or ModuleLayout("linear", u.shape[0], v.shape[0])
+                if (u.shape[0], v.shape[0]) != shapes.setdefault(module, layout).shape:
+                    raise BasisError(
+                        f"attribute {attribute!r} has shape {(u.shape[0], v.shape[0])} in module {module!r}, "
+                        f"another one {shapes[module].shape}."
+                    )
+                if not u.shape[1] == s.shape[0] == v.shape[1]:
+                    raise BasisError(f"attribute {attribute!r}, module {module!r}: U, S and V differ in d.")
+                for part, value in zip(FACTORS, (u.T, s, v.T), strict=True):
+                    tensors[f"{attribute}.{module}.{part}"] = value.detach().to("cpu", dtype).contiguous()
+        config = BasisConfig(
+            attributes=list(records) if records else [AttributeRecord(name) for name in factors],
+            modules={m: shapes[m] for m in names},
+            base_model=base_model,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        return cls(config, _index(config, MemoryStore(tensors)))
+
+    # Identity
+
+    @property
+    def digest(self) -> str:
+        """sha256 over attributes, module names, shapes and bytes of all U, S, V: what A and B are made from.
+
+        A basis that was saved carries it; else it is computed once.
+        """
+        if self._digest is None:
+            self._digest = self.config.digest or self._compute_digest(self._hash)
+        return self._digest
+
+    def verify(self) -> None:
+        """Read every tensor and compare with the recorded digest; a BasisError names what is damaged."""
+        self._checked.clear()
+
+        def fresh(module: str, attribute: str) -> str:
+            parts = dict(zip(FACTORS, self._stored(module, attribute), strict=True))
+            return tensor_hash(parts)
+
+        found = self._compute_digest(fresh)
+        if self.config.digest and found != self.config.digest:
+            raise BasisError(
+                f"basis {self.source!r} has digest {found}, its config says {self.config.digest}: "
+                "it was changed after it was saved."
+            )
+
+    def _compute_digest(self, hash_of: Callable[[str, str], str]) -> str:
+        digest = hashlib.sha256(b"peft_attrsub basis 1\n")
+        for module, layout in self.config.modules.items():
+            digest.update(f"{module} {json.dumps(layout.to_dict(), sort_keys=True)}\n".encode())
+        for attribute in self.attributes:
+            for module in self.modules:
+                digest.update(f"{attribute} {module} {hash_of(module, attribute)}\n".encode())
+        return digest.hexdigest()
+
+    def _hash(self, module: str, attribute: str) -> str:
+        known = self._record(attribute).hashes.get(module)
+        return known or tensor_hash(dict(zip(FACTORS, self._stored(module, attribute), strict=True)))
+
+    # Disk and Hub
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+    ) -> None:
+        """Write basis.safetensors (sharded above `max_shard_size`), basis_config.json and README.md, atomically.
+
+        An existing basis is refused without `overwrite`; anything else in the way is never replaced.
+        """
+        from .saving import write_basis
+
+        with atomic_folder(folder, CONFIG_NAME, overwrite) as beside:
+            config = write_basis(self, beside, dtype, max_shard_size)
+            name = os.path.basename(os.path.abspath(folder))
+            (beside / "README.md").write_text(model_card(Basis(config, self._blocks), name))
+        if config.dtype == self.config.dtype:
+            self.config, self._digest = config, None
+            self.source, self.revision = os.fspath(folder), None
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None) -> Basis:
+        """Open a basis from a folder or a Hub id (`user/name`), lazily.
+
+        Raises BasisError for a missing, truncated or foreign folder and for a newer format.
+        """
+        folder, commit = fetch(name, _PATTERNS, "basis", revision)
+        path = folder / CONFIG_NAME
+        if not path.is_file():
+            hint = " (it holds a PEFT adapter)" if (folder / "adapter_config.json").is_file() else ""
+            raise BasisError(f"{os.fspath(name)!r} has no {CONFIG_NAME}, so it is no basis{hint}.")
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
+        config = BasisConfig.from_dict(record, str(path))
+        return cls(config, _index(config, FileStore(folder)), source=os.fspath(name), revision=commit)
+
+    # Python's own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Basis:
+        return self  # immutable, and large
+
+    def __repr__(self) -> str:
+        where = f" from {self.source!r}" if self.source else ""
+        lines = [f"Basis{where}: {len(self.modules)} modules of {self.config.base_model or 'an unnamed model'}"]
+        for attribute in self.attributes:
+            dims = [block.dim for block in self._blocks[attribute].values()]
+            width = str(max(dims)) if min(dims) == max(dims) else f"{min(dims)} to {max(dims)}"
+            record = self._record(attribute)
+            origin = f"{len(record.sources)} adapters" if record.sources else record.kind
+            lines.append(f"  {attribute}: dim {width}, {origin}")
+        return "\n".join(lines)
+
+    # Inside
+
+    def _record(self, attribute: str) -> AttributeRecord:
+        return next(a for a in self.config.attributes if a.name == attribute)
+
+    def _require_attribute(self, attribute: str) -> None:
+        if attribute not in self._blocks:
+            raise BasisError(f"the basis has no attribute {attribute!r}: it has {', '.join(self.attributes)}.")
+
+    def _require(self, module: str) -> None:
+        if module not in self.config.modules:
+            near = nearest(module, self.config.modules)
+            raise BasisError(f"the basis has no module {module!r}; nearest: {some(near) or 'none'}.")
+
+    def _block(self, module: str, attribute: str) -> _Block:
+        self._require_attribute(attribute)
+        self._require(module)
+        return self._blocks[attribute][module]
+
+    def _stored(self, module: str, attribute: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Ut (d x n), S (d), Vt (d x m)."""
+        block = self._block(module, attribute)
+        rows = None if block.dim == block.stored else block.dim
+        ut, s, vt = (block.store.get(f"{block.name}.{part}", rows) for part in FACTORS)
+        expected = self._record(attribute).hashes.get(module)
+        if rows is None and expected and block.name not in self._checked:
+            if tensor_hash(dict(zip(FACTORS, (ut, s, vt), strict=True))) != expected:
+                raise BasisError(
+                    f"the basis is corrupted: attribute {attribute!r}, module {module!r} does not match its sha256; "
+                    "copy or build it again."
+                )
+            self._checked.add(block.name)
+        return ut, s, vt
+
+
+def check_dims(dim: Dim, attributes: Sequence[str]) -> Callable[[str], int | None]:
+    """A function attribute -> dim (None: all there are) from an int or a dict by attribute."""
+    values = dim if isinstance(dim, Mapping) else dict.fromkeys(attributes, dim)
+    for name, value in values.items():
+        if name not in attributes:
+            raise BasisError(f"dim names the attribute {name!r}, the basis has {', '.join(attributes)}.")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise BasisError(f"dim={value!r} for attribute {name!r} is no positive whole number.")
+    return values.get
+
+
+def _index(config: BasisConfig, store: Store) -> dict[str, dict[str, _Block]]:
+    blocks: dict[str, dict[str, _Block]] = {}
+    for attribute in config.attributes:
+        row = {}
+        for module, layout in config.modules.items():
+            name = f"{attribute.name}.{module}"
+            shapes = {part: store.shape(f"{name}.{part}") for part in FACTORS}
+            d = shapes["S"][0] if len(shapes["S"]) == 1 else -1
+            if shapes["Ut"] != (d, layout.n) or shapes["Vt"] != (d, layout.m):
+                raise BasisError(
+                    f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has shapes {shapes}, "
+                    f"expected (d, {layout.n}), (d,), (d, {layout.m})."
+                )
+            row[module] = _Block(store, name, d, d)
+        blocks[attribute.name] = row
+    return blocks
+
+
+def _kept_hashes(record: AttributeRecord, row: dict[str, _Block]) -> dict[str, str]:
+    return {m: record.hashes[m] for m, b in row.items() if b.dim == b.stored and m in record.hashes}
+
+
+def _check_same_model(first: Basis, other: Basis) -> None:
+    a, b = first.config, other.config
+    if a.modules != b.modules:
+        names = sorted(set(a.modules) ^ set(b.modules), key=natural_key)
+        names = names or [m for m in a.modules if a.modules[m] != b.modules[m]]
+        raise BasisError(f"the bases cover different modules or shapes, e.g. {some(names)}: select() common modules first.")
+    if a.base_model and b.base_model and a.base_model != b.base_model:
+        raise BasisError(f"the bases belong to different base models, {a.base_model!r} and {b.base_model!r}.")
+
+
+__all__ = ["DTYPES", "INDEX_NAME", "TENSORS_NAME", "Basis", "Dim", "check_dims"]

@@ -1,0 +1,246 @@
+"""build_basis: from saved LoRA adapters to a basis, module by module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .adapters import LoraAdapter
+from .allocation import by_energy, by_gap, by_importance, effective_rank, parse_rule
+from .basis import DTYPES, Basis
+from .config import AttributeRecord, SourceRecord
+from .errors import BasisError
+from .irls import Dimension, IrlsSettings, SharedSubspace, first_spectrum, shared_subspace
+from .layout import ModuleLayout
+from .naming import check_attribute
+from .processes import gather, process_share
+from .sources import common_base_model, common_modules
+from .weights import weight_spectrum
+
+T = TypeVar("T")
+Source = str | os.PathLike[str]
+Adapters = Mapping[str, Sequence[Source]] | Sequence[Source]
+
+# Modules per opening of the files: bounds the memory mapped at a time, whatever the model's size.
+_CHUNK = 8
+
+
+def build_basis(
+    adapters: Adapters,
+    *,
+    dim: int = 16,
+    alpha: float = 1.0,
+    eps: float = 1e-6,
+    max_iter: int = 50,
+    tol: float = 1e-6,
+    allocation: str = "uniform",
+    base_model: str | nn.Module | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    modules: Sequence[str] | None = None,
+    on_missing: str = "error",
+    progress: bool = True,
+) -> Basis:
+    """Mine one robust shared subspace per attribute and module from saved LoRA adapters (paper, section 3.2).
+
+        minimise over A, B of rank dim:   sum_i || A B^T - dW_i ||_F^alpha
+
+    by exact factored IRLS: no n x m matrix is formed, modules are streamed, the adapters' own scaling
+    (lora_alpha, rslora, patterns) is honoured, and multiplying all adapters by a constant changes no weight.
+
+    Args:
+        adapters: {attribute: [folder | Hub id | .safetensors]}, or a list (one attribute, "shared").
+        dim: directions per module and attribute; a module whose updates span fewer gets those.
+        alpha: in (0, 2]; 2 is plain averaging, 1 mutes outlier adapters (the paper gives no value).
+        eps: smoothing, relative to the median ||dW_i||_F of the module.
+        max_iter, tol: IRLS stops when the objective falls by less than tol, relatively.
+        allocation: "uniform", "importance", "importance-literal", "energy", "energy:0.95" or "gap" (see
+            `allocation`); for the last three dim is the most a module gets.
+        base_model: name to record and to hold the adapters against; or the model itself, whose weights
+            then give the effective ranks of the importance rules.
+        device: where to compute; default the CPU.
+        dtype: of the stored factors, float32 or bfloat16; inside it is float64.
+        modules: restrict to these names. on_missing: "error", or "intersect" to keep the modules that all
+            adapters share.
+        progress: show a bar.
+
+    Under `accelerate launch` the modules are split over the processes, and every process returns the whole.
+
+    Raises:
+        BasisError: names the adapter, the module and the setting that does not fit.
+    """
+    settings = _checked(dim, alpha, eps, max_iter, tol, dtype)
+    rule, share = parse_rule(allocation)
+    opened = _open(adapters)
+    flat = [adapter for row in opened.values() for adapter in row]
+    name = common_base_model(flat, base_model if isinstance(base_model, str) else None)
+    if isinstance(base_model, nn.Module):
+        name = name or getattr(base_model, "name_or_path", None) or None
+    layouts = common_modules(flat, modules, on_missing)
+    job = _Job(opened, layouts, settings, torch.device(device or "cpu"), progress)
+    dims: dict[str, Mapping[str, Dimension]] = {}
+    for attribute in opened:
+        if rule in ("importance", "importance-literal"):
+            ranks = job.effective_ranks(attribute, base_model if isinstance(base_model, nn.Module) else None)
+            dims[attribute] = by_importance(ranks, job.limits(attribute), dim, rule == "importance-literal")
+        else:
+            rules: dict[str, Dimension] = {"uniform": dim, "energy": by_energy(share, dim), "gap": by_gap(dim)}
+            dims[attribute] = dict.fromkeys(layouts, rules[rule])
+    factors: dict[str, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
+    extras: dict[str, Tensor] = {}
+    records = []
+    for attribute, row in opened.items():
+        found = job.mine(attribute, dims[attribute])
+        factors[attribute] = {m: (x.u, x.s, x.v) for m, x in found.items()}
+        for module, x in found.items():
+            parts = {
+                "first": x.first,
+                "last": x.last,
+                "weights": x.weights,
+                "residuals": x.residuals,
+                "energy": x.energy,
+            }
+            extras.update({f"{attribute}.{module}.{k}": v.float().contiguous() for k, v in parts.items()})
+        records.append(
+            AttributeRecord(
+                name=attribute,
+                kind="adapters",
+                sources=[SourceRecord(a.public_name, a.revision, a.sha256()) for a in row],
+                dim=dim,
+                allocation=allocation,
+                alpha=alpha,
+                eps=eps,
+                max_iter=max_iter,
+                tol=tol,
+                iterations={m: x.iterations for m, x in found.items()},
+            )
+        )
+    return Basis.from_factors(factors, name, layouts, records, extras, dtype)
+
+
+@dataclass
+class _Job:
+    """What every module needs: the open adapters by attribute, the layouts, the settings."""
+
+    adapters: Mapping[str, list[LoraAdapter]]
+    layouts: Mapping[str, ModuleLayout]
+    settings: IrlsSettings
+    device: torch.device
+    progress: bool
+
+    def mine(self, attribute: str, dims: Mapping[str, Dimension]) -> dict[str, SharedSubspace]:
+        def one(module: str, left: list[Tensor], right: list[Tensor]) -> SharedSubspace:
+            found = shared_subspace(left, right, dims[module], self.settings)
+            return found.cast(torch.float32)
+
+        return self._each(attribute, one, f"mining {attribute}")
+
+    def effective_ranks(self, attribute: str, model: nn.Module | None) -> dict[str, float]:
+        def of_weight(module: str, left: list[Tensor], right: list[Tensor]) -> float:
+            assert model is not None
+            return effective_rank(weight_spectrum(model, module))
+
+        def of_update(module: str, left: list[Tensor], right: list[Tensor]) -> float:
+            return effective_rank(first_spectrum(left, right))
+
+        return self._each(attribute, of_update if model is None else of_weight, f"ranks of {attribute}")
+
+    def limits(self, attribute: str) -> dict[str, int]:
+        """The most directions the updates of a module can span: min(n, m, stacked rank)."""
+        row = self.adapters[attribute]
+        return {m: min(*x.shape, sum(a.entries[m].rank for a in row)) for m, x in self.layouts.items()}
+
+    def _each(
+        self, attribute: str, work: Callable[[str, list[Tensor], list[Tensor]], T], title: str
+    ) -> dict[str, T]:
+        """`work` on every module of this process' share; the results of all processes, in order."""
+        names, main = process_share(list(self.layouts))
+        chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
+        found: dict[str, T] = {}
+        bar = tqdm(total=len(names), desc=title, unit="module", disable=not (self.progress and main))
+
+        def run(chunk: list[str]) -> dict[str, T]:
+            # Each worker opens the files anew, so that pages of modules gone by are let go.
+            row = [a.reopened() for a in self.adapters[attribute]]
+            results = {}
+            with ExitStack() as stack:
+                for adapter in row:
+                    stack.enter_context(adapter)
+                for module in chunk:
+                    pairs = [adapter.read(module) for adapter in row]
+                    left = [p.to(self.device) for p, _ in pairs]
+                    right = [q.to(self.device) for _, q in pairs]
+                    results[module] = work(module, left, right)
+                    bar.update()
+            return results
+
+        with bar, _one_thread_each(self.device) as workers, ThreadPoolExecutor(workers) as pool:
+            try:
+                for results in pool.map(run, chunks):
+                    found.update(results)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        merged = gather(found)
+        return {module: merged[module] for module in self.layouts}
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[int]:
+    """How many modules to work on at a time: one per CPU thread, each single-threaded.
+
+    The matrices are too small for several threads to share one of them well.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _open(adapters: Adapters) -> dict[str, list[LoraAdapter]]:
+    if isinstance(adapters, (str, os.PathLike)):
+        raise BasisError(f"adapters={adapters!r} is one path: give a list, or a dict {{attribute: [paths]}}.")
+    groups = adapters if isinstance(adapters, Mapping) else {"shared": adapters}
+    if not groups:
+        raise BasisError("no adapters were given: expected {attribute: [folders]} or a list of folders.")
+    opened = {}
+    for attribute, sources in groups.items():
+        check_attribute(attribute)
+        if isinstance(sources, (str, os.PathLike)):
+            sources = [sources]
+        if not sources:
+            raise BasisError(f"attribute {attribute!r} has no adapters: give at least one folder.")
+        opened[attribute] = [LoraAdapter(source) for source in sources]
+    return opened
+
+
+def _checked(
+    dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtype: torch.dtype
+) -> IrlsSettings:
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise BasisError(f"dim={dim!r} is no positive whole number.")
+    if not 0 < alpha <= 2:
+        raise BasisError(f"alpha={alpha!r} is outside (0, 2]: 2 is plain averaging, smaller mutes outliers more.")
+    if not eps > 0:
+        raise BasisError(f"eps={eps!r} is not positive: weights would be infinite where an adapter fits exactly.")
+    if not isinstance(max_iter, int) or max_iter < 1:
+        raise BasisError(f"max_iter={max_iter!r} is no positive whole number.")
+    if not tol >= 0:
+        raise BasisError(f"tol={tol!r} is negative: give the relative change of the objective to stop at.")
+    if dtype not in DTYPES.values():
+        raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+    return IrlsSettings(alpha, eps, max_iter, tol)
+

@@ -1,0 +1,132 @@
+"""Folders in and out: atomic writing, local paths and Hub ids, hashes of files."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import BasisError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder beside `target`; on success it becomes `target`, on failure nothing is left.
+
+    `marker` is the file by which a folder of this kind is known: with `overwrite` only such a folder (or an
+    empty one) is replaced, in one step, so that a reader sees the old one or the new one.
+    """
+    final = Path(target)
+    check_writable(final, marker, overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o777 & ~mask)
+        check_writable(final, marker, overwrite)
+        _swap_in(beside, final)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_writable(final: Path, marker: str, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is empty or `overwrite` may replace it."""
+    if final.is_file():
+        raise BasisError(f"{str(final)!r} is a file: give the name of a folder to write.")
+    if not final.exists() or not any(final.iterdir()):
+        return
+    if not (final / marker).exists():
+        raise BasisError(
+            f"{str(final)!r} exists and holds no {marker}, so it is not replaced: give another folder."
+        )
+    if not overwrite:
+        raise BasisError(f"{str(final)!r} exists already: give another folder, or overwrite=True (--overwrite).")
+
+
+def _swap_in(beside: Path, final: Path) -> None:
+    """Rename `beside` to `final`; what was there before ends up under the other name."""
+    if not final.exists():
+        os.rename(beside, final)
+    elif not any(final.iterdir()):
+        os.rename(beside, final)
+    elif not _exchange(beside, final):
+        # No atomic exchange on this system: keep the old folder until the new one has its name.
+        old = final.with_name(f".{final.name}.replaced-{os.getpid()}")
+        os.rename(final, old)
+        os.rename(beside, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """("user/x", "abc") from "user/x@abc"; local paths are left alone."""
+    if "@" in name and not os.path.exists(name):
+        base, _, revision = name.rpartition("@")
+        return base, revision or None
+    return name, None
+
+
+def fetch(
+    name: str | os.PathLike[str], patterns: list[str], what: str, revision: str | None = None
+) -> tuple[Path, str | None]:
+    """The local folder of `name`, and the commit if it came from the Hub.
+
+    Only files matching `patterns` are downloaded: safetensors, JSON and Markdown, nothing that is executed.
+    """
+    text = os.fspath(name)
+    local = Path(text).expanduser()
+    if local.is_dir():
+        return local, None
+    text, given = split_revision(text)
+    if not _HUB_ID.fullmatch(text) or text.count("/") > 1 or text.startswith((".", "/")):
+        raise BasisError(f"{what} {text!r} was not found: expected an existing folder or a Hub id 'user/name'.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(text, revision=revision or given, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BasisError(
+            f"{what} {text!r} is neither a local folder (looked in {os.getcwd()!r}) nor readable on the Hub: {reason}"
+        ) from error
+    return folder, folder.name

@@ -1,0 +1,74 @@
+"""Small dense linear algebra shared by mining and joining: R factors, leading SVD, signs, random bases."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Below this ratio of Cholesky pivots the Gram matrix has lost half of float64's digits.
+_SAFE_PIVOT = 1e-6
+
+
+def cholesky_r(x: Tensor) -> Tensor | None:
+    """Upper R with x^T x = R^T R from the float64 Gram matrix, or None when x is close to rank-deficient."""
+    gram = x.T @ x
+    factor, info = torch.linalg.cholesky_ex(gram, upper=True)
+    pivots = factor.diagonal()
+    if int(info) != 0 or not bool(pivots.min() > _SAFE_PIVOT * pivots.max()):
+        return None
+    return factor
+
+
+def fix_signs(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the largest entry of each column of u positive, so that equal inputs give equal bytes."""
+    if u.shape[1] == 0:
+        return u, v
+    rows = u.abs().argmax(0, keepdim=True)
+    signs = torch.sign(u.gather(0, rows))
+    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
+    return u * signs, v * signs
+
+
+def truncate(u: Tensor, s: Tensor, v: Tensor, dim: int, rtol: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `dim` triplets, without those that are numerically zero."""
+    rank = int((s > rtol * s[0]).sum()) if s.numel() and bool(s[0] > 0) else 0
+    d = min(dim, rank)
+    return u[:, :d], s[:d], v[:, :d]
+
+
+def principal_svd(weight: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets U (n x d), S (d), V (m x d) of a weight W (n x m), in float64 inside.
+
+    Through the Gram matrix of the smaller side: exact for singular values above 1e-8 of the largest, and
+    several times faster than a full SVD.
+    """
+    w = weight.detach().to(torch.float64)
+    wide = w.shape[0] < w.shape[1]
+    x = w.T if wide else w
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    s = values.flip(0).clamp_min(0).sqrt()
+    right = vectors.flip(1)
+    rank = int((s > 1e-7 * s[0]).sum()) if bool(s[0] > 0) else 0
+    d = min(dim, rank)
+    right, s = right[:, :d], s[:d]
+    # One QR repairs what division by small singular values costs in orthogonality.
+    left, r = torch.linalg.qr(x @ right)
+    left = left * torch.sign(r.diagonal())
+    u, v = (right, left) if wide else (left, right)
+    u, v = fix_signs(u, v)
+    return u.float().contiguous(), s.float(), v.float().contiguous()
+
+
+def random_orthonormal(rows: int, columns: int, seed: int, name: str) -> Tensor:
+    """Orthonormal columns (rows x columns), uniform on the Stiefel manifold, the same on every machine.
+
+    numpy's RandomState is frozen by NEP 19, torch's generators are not; `name` makes modules independent
+    of the order in which they are drawn.
+    """
+    state = np.random.RandomState([seed % 2**32, zlib.crc32(name.encode())])
+    gaussian = torch.from_numpy(state.standard_normal((rows, min(rows, columns))))
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.sign(r.diagonal())).float().contiguous()

@@ -1,0 +1,60 @@
+"""Names of attributes and modules: what is allowed, how they are ordered, which ones are near."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from .errors import BasisError
+
+_ATTRIBUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_PEFT_PREFIXES = ("base_model.model.", "base_model.")
+
+
+def check_attribute(name: object) -> str:
+    """Return `name` if it may name an attribute (it becomes part of tensor names in the basis file)."""
+    if not isinstance(name, str) or not _ATTRIBUTE.fullmatch(name):
+        raise BasisError(
+            f"{name!r} cannot name an attribute: use 1 to 64 letters, digits, '_' or '-', beginning with a "
+            "letter or digit, without dots, spaces or path separators."
+        )
+    return name
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which blocks.2 comes before blocks.10."""
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts]
+
+
+def strip_peft_prefix(key: str) -> str:
+    """Module names as the base model has them: PEFT saves them under `base_model.model.`."""
+    for prefix in _PEFT_PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
+
+
+def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
+    """The names closest to `name`: equal endings first, then by edit distance."""
+    pool = list(candidates)
+    parts = name.split(".")
+
+    def common_ending(other: str) -> int:
+        count = 0
+        for a, b in zip(reversed(parts), reversed(other.split(".")), strict=False):
+            if a != b:
+                break
+            count += 1
+        return count
+
+    endings = sorted((c for c in pool if common_ending(c)), key=lambda c: (-common_ending(c), natural_key(c)))
+    return (endings or difflib.get_close_matches(name, pool, n=n, cutoff=0.3))[:n]
+
+
+def some(names: Iterable[str], n: int = 3) -> str:
+    """A short listing for error texts: the first `n` names and how many more there are."""
+    pool = list(names)
+    text = ", ".join(repr(name) for name in pool[:n])
+    return text if len(pool) <= n else f"{text} and {len(pool) - n} more"

@@ -1,0 +1,76 @@
+"""Writing a basis into a folder: tensors (sharded when large), hashes, config."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import CONFIG_NAME, BasisConfig
+from .errors import BasisError
+from .storage import FACTORS, INDEX_NAME, RECORDS, TENSORS_NAME, tensor_hash
+
+if TYPE_CHECKING:
+    from .basis import Basis
+
+
+def write_basis(
+    basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
+) -> BasisConfig:
+    """Write tensors and config of `basis` into `folder`; return the config with hashes and digest."""
+    from .basis import DTYPES
+
+    if dtype is not None and dtype not in DTYPES.values():
+        raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+    tensors: dict[str, Tensor] = {}
+    records = []
+    for attribute in basis.config.attributes:
+        hashes = {}
+        for module in basis.modules:
+            factors = dict(zip(FACTORS, basis._stored(module, attribute.name), strict=True))
+            factors = {k: v.to(dtype or v.dtype).contiguous() for k, v in factors.items()}
+            hashes[module] = tensor_hash(factors)
+            name = f"{attribute.name}.{module}"
+            tensors.update({f"{name}.{part}": value for part, value in factors.items()})
+            tensors.update(_records(basis, module, attribute.name))
+        records.append(replace(attribute, hashes=hashes))
+    name = str(dtype).removeprefix("torch.") if dtype else basis.config.dtype
+    config = replace(basis.config, attributes=records, dtype=name, digest=None, library_version=_version())
+    config.digest = type(basis)(config, basis._blocks).digest
+    _write_tensors(tensors, folder, max_shard_size)
+    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    return config
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("peft-attrsub")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _records(basis: Basis, module: str, attribute: str) -> dict[str, Tensor]:
+    block = basis._block(module, attribute)
+    names = {part: f"{block.name}.{part}" for part in RECORDS}
+    return {f"{attribute}.{module}.{p}": block.store.get(n) for p, n in names.items() if n in block.store}
+
+
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    # Two names may share one storage (e.g. a view): safetensors wants each on its own.
+    tensors = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()}
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="basis{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        file = name if plan.is_sharded else TENSORS_NAME
+        save_file({key: tensors[key] for key in keys}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")

@@ -1,0 +1,63 @@
+"""What the source adapters have in common: base model, modules, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .adapters import LoraAdapter
+from .errors import BasisError
+from .layout import ModuleLayout
+from .naming import natural_key, nearest, some
+
+
+def common_base_model(adapters: Sequence[LoraAdapter], expected: str | None) -> str | None:
+    """The base model all adapters name; `expected` (the caller's word) must not contradict it."""
+    named = {a.base_model: a.source for a in adapters if a.base_model}
+    if len(named) > 1:
+        listing = ", ".join(f"{model!r} ({source})" for model, source in named.items())
+        raise BasisError(f"the adapters belong to different base models: {listing}; build one basis per model.")
+    found = next(iter(named), None)
+    if expected and found and expected != found:
+        raise BasisError(f"base_model={expected!r} was given, the adapters name {found!r}.")
+    return expected or found
+
+
+def common_modules(
+    adapters: Sequence[LoraAdapter], chosen: Sequence[str] | None, on_missing: str
+) -> dict[str, ModuleLayout]:
+    """Layouts of the modules to mine, in natural order; all adapters must agree on them."""
+    if on_missing not in ("error", "intersect"):
+        raise BasisError(f"on_missing={on_missing!r} is unknown: use 'error' or 'intersect'.")
+    every = set().union(*(a.entries for a in adapters))
+    shared = set.intersection(*(set(a.entries) for a in adapters))
+    wanted = every
+    if chosen is not None:
+        unknown = [m for m in chosen if m not in every]
+        if unknown:
+            near = some(nearest(unknown[0], every))
+            raise BasisError(f"no adapter has the module {unknown[0]!r} asked for by modules=; nearest: {near}.")
+        wanted = set(chosen)
+    lacking = wanted - shared
+    if lacking and on_missing == "error":
+        lines = []
+        for adapter in adapters:
+            absent = sorted(lacking - set(adapter.entries), key=natural_key)
+            if absent:
+                lines.append(f"{adapter.source!r} lacks {some(absent)}")
+        raise BasisError(
+            f"the adapters cover different modules: {'; '.join(lines)}; "
+            "on_missing='intersect' (--on-missing intersect) mines only what all of them have."
+        )
+    names = sorted(wanted & shared, key=natural_key)
+    if not names:
+        raise BasisError("the adapters have no module in common, so there is nothing to mine.")
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        for name in names:
+            a, b = first.entries[name].layout, adapter.entries[name].layout
+            if a != b:
+                raise BasisError(
+                    f"module {name!r} has shape {a.shape} ({a.kind}) in {first.source!r} but {b.shape} ({b.kind}) "
+                    f"in {adapter.source!r}: the adapters belong to different models."
+                )
+    return {name: first.entries[name].layout for name in names}

@@ -1,0 +1,128 @@
+"""The tensors of a basis, in memory or on disk.
+
+Tensor names are `attribute.module.part`. U and V are stored transposed (`Ut`: d x n, `Vt`: d x m): the
+leading directions are then the leading bytes, and a smaller dim reads only those.
+
+| part                  | shape        | what                                                     |
+|-----------------------|--------------|----------------------------------------------------------|
+| Ut, S, Vt             | d x n, d, d x m | the subspace                                          |
+| first, last           | R            | singular values of C at the first and last iteration      |
+| weights, residuals, energy | k       | per adapter: final weight, ||L - dW_i||/||dW_i||, share captured |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import BasisError
+
+FACTORS = ("Ut", "S", "Vt")
+RECORDS = ("first", "last", "weights", "residuals", "energy")
+TENSORS_NAME = "basis.safetensors"
+INDEX_NAME = "basis.safetensors.index.json"
+
+
+class Store(Protocol):
+    """Where the tensors of a basis are."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def get(self, name: str, rows: int | None = None) -> Tensor:
+        """A tensor, or only its first `rows` rows."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+class MemoryStore:
+    """Tensors held in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def get(self, name: str, rows: int | None = None) -> Tensor:
+        return self._tensors[name] if rows is None else self._tensors[name][:rows]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+
+class FileStore:
+    """Tensors in basis.safetensors or in its shards; a tensor leaves the disk when it is asked for.
+
+    bytes_read counts what did.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self._handles: dict[str, Any] = {}
+        self._files = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        index, single = self.folder / INDEX_NAME, self.folder / TENSORS_NAME
+        names = [TENSORS_NAME]
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise BasisError(f"{str(index)!r} is damaged: {error!r}; copy or build the basis again.") from error
+        elif not single.is_file():
+            raise BasisError(f"{str(self.folder)!r} has a basis_config.json but no {TENSORS_NAME}: it is incomplete.")
+        if any(Path(name).name != name for name in names):
+            raise BasisError(f"{str(index)!r} points outside its folder, which a basis never does.")
+        return {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118 (no mapping)
+
+    def _open(self, name: str) -> Any:
+        if name not in self._handles:
+            path = self.folder / name
+            try:
+                self._handles[name] = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise BasisError(
+                    f"{str(path)!r} is truncated or no safetensors file ({error}): copy or build the basis again."
+                ) from error
+        return self._handles[name]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise BasisError(f"{str(self.folder)!r} lacks the tensor {name!r} that its config announces.")
+        return self._open(self._files[name]).get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def get(self, name: str, rows: int | None = None) -> Tensor:
+        view = self._slice(name)
+        # A copy: the tensor must outlive the file, which may be replaced or truncated under a mapping.
+        tensor = (view[:] if rows is None else view[:rows]).clone()
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": {}}
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        digest.update(f"{name} {dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,239 @@
+"""AttrSubspaceConfig: which basis, which part of it, where the cores go."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from ..basis import Basis, BasisError
+from ..basis.joint import check_columns
+from .registration import SAVED_TYPE, peft_type
+
+#: Bases that are made from the model itself instead of being loaded.
+GENERATED = ("psv", "random")
+_GENERATED_DIM = 16
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class AttrSubspaceConfig(PeftConfig):
+    """Fine-tune by small cores in frozen bases: y = W x + scaling * A M B^T x (paper, section 3.4).
+
+    A (n x D_A) and B (m x D_B) come from a basis of attribute subspaces, mined by
+    `peft_attrsub.build_basis` from LoRA adapters; only the core M (D_A x D_B) of each module is trained.
+
+    Args:
+        basis: where A and B come from. A folder or a Hub id of a saved basis, a list of them (their
+            attributes are put side by side), a `Basis`, or one of two baselines: "psv", the principal
+            singular vectors of each base weight, and "random", seeded orthonormal directions.
+        basis_revision: branch, tag or commit of a Hub basis. A saved adapter pins the commit.
+        attributes: which attributes of the basis to use, in this order. Default: all.
+        dim: directions per attribute, an int or a dict by attribute. Default: all that the basis holds
+            (16 for "psv" and "random").
+        core: "full" trains all of M, so attributes may mix; "block_diagonal" only the blocks that map an
+            attribute's inputs to its own outputs (fewer parameters).
+        columns: "orthonormal" columns, or "spectral": the same directions weighted by
+            sqrt(singular value / largest), so that strong directions learn faster.
+        scaling: constant factor of the update. 1 is right for almost everyone; the learning rate does
+            the same job.
+        dropout: probability of dropping entries of x on the way into B.
+        init_weights: True starts from M = 0, which leaves the model as it is. False draws M at random:
+            for tests only.
+        save_basis: whether A and B are saved in the adapter. "auto" saves them when they could not be
+            loaded from elsewhere (a basis in memory, "psv", "random"), else only the pointer to the basis
+            and its digest. True makes a file that stands alone.
+        seed: of the "random" basis and of a random core.
+        fan_in_fan_out: True for layers that store W as (in, out), such as GPT-2's Conv1D; found out by
+            itself for those.
+        missing: "error" refuses a targeted module that the basis lacks, "skip" leaves it unadapted.
+        target_modules: modules that get a core, as in PEFT: a list of names or endings, a regex, or
+            "all-linear". Default: every module the basis covers ("all-linear" for "psv" and "random").
+        exclude_modules: modules that get neither core nor LoRA; a list or a regex.
+        layers_to_transform, layers_pattern: restrict target_modules to these layer indices, as in PEFT.
+        modules_to_save: modules trained and saved in full beside the adapter.
+        lora_modules: modules that get a plain trainable LoRA instead of a core (the paper does so on
+            VGGT's heads); a list or a regex. They need no basis.
+        lora_rank, lora_alpha: of those; the LoRA is scaled by lora_alpha / lora_rank.
+    """
+
+    basis: Any = _option(None, "Folder, Hub id, list of them, a Basis, 'psv' or 'random'.")
+    basis_revision: str | None = _option(None, "Branch, tag or commit of a basis on the Hub.")
+    attributes: list[str] | None = _option(None, "Attributes of the basis to use, in order; default all.")
+    dim: int | dict[str, int] | None = _option(None, "Directions per attribute: int or dict by attribute.")
+    core: Literal["full", "block_diagonal"] = _option("full", "'full' or 'block_diagonal' by attribute.")
+    columns: Literal["orthonormal", "spectral"] = _option("orthonormal", "'orthonormal' or 'spectral'.")
+    scaling: float = _option(1.0, "Constant factor of the update.")
+    dropout: float = _option(0.0, "Dropout on the input of the adapter.")
+    init_weights: bool = _option(True, "True: M = 0, a no-op at the start. False: random, for tests.")
+    save_basis: bool | Literal["auto"] = _option("auto", "Save A and B in the adapter: True, False or 'auto'.")
+    seed: int = _option(0, "Seed of the 'random' basis and of a random core.")
+    fan_in_fan_out: bool = _option(False, "The layer stores its weight as (in, out).")
+    missing: Literal["error", "skip"] = _option("error", "What to do with a target that the basis lacks.")
+    target_modules: list[str] | str | None = _option(None, "Modules that get a core; default: the basis' own.")
+    exclude_modules: list[str] | str | None = _option(None, "Modules that are left alone.")
+    layers_to_transform: list[int] | int | None = _option(None, "Layer indices to adapt.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the ModuleList that holds the layers.")
+    modules_to_save: list[str] | None = _option(None, "Modules trained and saved in full.")
+    lora_modules: list[str] | str | None = _option(None, "Modules that get a plain LoRA instead of a core.")
+    lora_rank: int = _option(16, "Rank of that LoRA.")
+    lora_alpha: float = _option(16, "alpha of that LoRA: it is scaled by lora_alpha / lora_rank.")
+    # Filled in when an adapter is made or saved:
+    basis_digest: str | None = _option(None, "Digest of the basis the cores were trained in; set by the library.")
+    module_layouts: dict[str, Any] | None = _option(None, "Shapes of adapted modules that are not linear.")
+    basis_in_adapter: bool = _option(False, "A and B are in the adapter's own file; set by the library.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        for name in ("target_modules", "exclude_modules", "lora_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check()
+
+    def _check(self) -> None:
+        check_columns(self.columns)
+        self._one_of("core", ("full", "block_diagonal"))
+        self._one_of("missing", ("error", "skip"))
+        self._one_of("save_basis", ("auto", True, False))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is outside [0, 1).")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank!r} is no positive whole number.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given but layers_to_transform is not: name the layer indices too.")
+        for option in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, option) is not None:
+                raise ValueError(f"{option} needs target_modules as a list, but it is the string {self.target_modules!r}.")
+        if isinstance(self.attributes, str):
+            self.attributes = [self.attributes]
+        self._check_basis()
+
+    def _check_basis(self) -> None:
+        if self.basis is None and not self.basis_in_adapter and not self.lora_modules:
+            raise ValueError(
+                "basis is missing: give a folder or Hub id of a saved basis, a Basis, 'psv' or 'random', "
+                "e.g. AttrSubspaceConfig(basis='basis')."
+            )
+        parts = self.basis if isinstance(self.basis, (list, tuple)) else [self.basis]
+        for part in parts:
+            if part is not None and not isinstance(part, (str, os.PathLike, Basis)):
+                raise ValueError(f"basis={part!r} is neither a name nor a Basis: give a folder, a Hub id or a Basis.")
+            if len(parts) > 1 and part in GENERATED:
+                raise ValueError(f"{part!r} cannot be combined with other bases: give it alone.")
+        if self.generated and self.attributes not in (None, [self.basis]):
+            raise ValueError(f"attributes={self.attributes!r} does not fit basis={self.basis!r}, which has none.")
+        if self.generated and isinstance(self.dim, Mapping):
+            raise ValueError(f"dim={self.dim!r} is by attribute, but basis={self.basis!r} has none: give an int.")
+        if self.save_basis is False and self.basis == "psv":
+            raise ValueError(
+                "save_basis=False with basis='psv' would recompute singular vectors at every load, which is not exact "
+                "across machines: leave save_basis='auto'."
+            )
+
+    def _one_of(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+            raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")
+
+    @property
+    def generated(self) -> bool:
+        """The basis is made from the model: "psv" or "random"."""
+        return isinstance(self.basis, str) and self.basis in GENERATED
+
+    @property
+    def generated_dim(self) -> int:
+        if self.dim is None:
+            return _GENERATED_DIM
+        if not isinstance(self.dim, int) or self.dim < 1:
+            raise ValueError(f"dim={self.dim!r} is no positive whole number.")
+        return self.dim
+
+    @property
+    def stores_basis(self) -> bool:
+        """Whether A and B go into the saved adapter (see `save_basis`)."""
+        if self.basis_in_adapter or self.save_basis is True:
+            return True
+        if self.save_basis is False:
+            return False
+        return self.generated or self.basis_pointer() is None
+
+    def open_basis(self) -> Basis:
+        """The whole basis that the config names, read lazily, its digest checked.
+
+        Raises BasisError if it is missing or has another digest than the adapter was trained with.
+        """
+        if self.generated or self.basis is None:
+            raise BasisError(f"basis={self.basis!r} is not a saved basis.")
+        parts = self.basis if isinstance(self.basis, (list, tuple)) else [self.basis]
+        opened = [p if isinstance(p, Basis) else self._load(p) for p in parts]
+        whole = opened[0] if len(opened) == 1 else Basis.combine(opened)
+        if self.basis_digest and whole.digest != self.basis_digest:
+            raise BasisError(
+                f"the adapter was trained in the basis with digest {self.basis_digest}, but "
+                f"{self.basis_pointer() or 'the basis given'!r} has digest {whole.digest}: "
+                "point config.basis to the basis it was trained with."
+            )
+        return whole
+
+    def _load(self, name: str | os.PathLike[str]) -> Basis:
+        try:
+            return Basis.from_pretrained(name, revision=self.basis_revision)
+        except BasisError as error:
+            if self.basis_digest is None:
+                raise
+            raise BasisError(
+                f"the adapter needs the basis {os.fspath(name)!r} (digest {self.basis_digest}): {error} "
+                "If it has moved: config = PeftConfig.from_pretrained(adapter); config.basis = 'new/place'; "
+                "PeftModel.from_pretrained(model, adapter, config=config)."
+            ) from error
+
+    def basis_pointer(self) -> str | list[str] | None:
+        """The basis as JSON can hold it: names, or None for a basis that exists only in memory."""
+        parts = self.basis if isinstance(self.basis, (list, tuple)) else [self.basis]
+        names = []
+        for part in parts:
+            name = part.source if isinstance(part, Basis) else part
+            if name is None or isinstance(name, list):
+                return name if len(parts) == 1 else None
+            names.append(os.fspath(name))
+        return names if isinstance(self.basis, (list, tuple)) else names[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict; a Basis in memory is told by its name only."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        record["basis"] = self.basis_pointer()
+        return json.loads(json.dumps(record, default=_plain))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, pinned to the basis by revision and digest."""
+        pinned = _Saved(self)
+        PeftConfig.save_pretrained(pinned, save_directory, **kwargs)  # type: ignore[arg-type]
+
+
+class _Saved:
+    """The config as it goes to disk; PEFT's writer asks only for `to_dict`."""
+
+    def __init__(self, config: AttrSubspaceConfig) -> None:
+        self._config = config
+
+    def to_dict(self) -> dict[str, Any]:
+        record = self._config.to_dict()
+        record["peft_type"] = SAVED_TYPE
+        record["basis_in_adapter"] = self._config.stores_basis
+        return record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return str(value)

@@ -1,0 +1,78 @@
+"""The update of one module as thin factors: dW = A M B^T, and its exact LoRA form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+Slices = dict[str, tuple[slice, slice]]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """A (n x D_A), B (m x D_B), the columns of each attribute, and a key that is equal for equal bases."""
+
+    a: Tensor
+    b: Tensor
+    slices: Slices
+    key: str
+
+
+def blocks_of(slices: Slices) -> list[tuple[int, int]]:
+    """Sizes (rows, columns) of the diagonal blocks of a core, one per attribute."""
+    return [(a.stop - a.start, b.stop - b.start) for a, b in slices.values()]
+
+
+def slices_of(names: list[str], blocks: list[list[int]]) -> Slices:
+    """The inverse of `blocks_of`."""
+    found: Slices = {}
+    i = j = 0
+    for name, (rows, columns) in zip(names, blocks, strict=True):
+        found[name] = (slice(i, i + rows), slice(j, j + columns))
+        i, j = i + rows, j + columns
+    return found
+
+
+def core_shape(a: Tensor, b: Tensor, slices: Slices, block_diagonal: bool) -> tuple[int, ...]:
+    """Shape of the trainable tensor: D_A x D_B, or all diagonal blocks in one row."""
+    if block_diagonal:
+        return (sum(prod(block) for block in blocks_of(slices)),)
+    return (a.shape[1], b.shape[1])
+
+
+def assemble(core: Tensor, slices: Slices, block_diagonal: bool) -> Tensor:
+    """M (D_A x D_B) from the trainable tensor."""
+    if not block_diagonal:
+        return core
+    sizes = blocks_of(slices)
+    parts = core.split([prod(size) for size in sizes])
+    return torch.block_diag(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
+
+
+def disassemble(matrix: Tensor, slices: Slices, block_diagonal: bool) -> Tensor:
+    """The trainable tensor whose core is `matrix`; for block_diagonal, what lies off the blocks is lost."""
+    if not block_diagonal:
+        return matrix
+    return torch.cat([matrix[a, b].reshape(-1) for a, b in slices.values()])
+
+
+def to_lora(a: Tensor, core: Tensor, b: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """lora_B (n x r), lora_A (r x m) with lora_B lora_A = A M B^T.
+
+    Without `rank` this is exact and needs no SVD: (A M, B^T), or (A, M B^T) where that is thinner. With
+    `rank` it is the best approximation of that rank, from the SVD of the small core of the two QRs.
+    """
+    a, core, b = a.double(), core.double(), b.double()
+    if rank is None or rank >= min(core.shape):
+        if core.shape[1] <= core.shape[0]:
+            return (a @ core).float(), b.T.float()
+        return a.float(), (core @ b.T).float()
+    qa, ra = torch.linalg.qr(a)
+    qb, rb = torch.linalg.qr(b)
+    u, s, vh = torch.linalg.svd(ra @ core @ rb.T)
+    root = s[:rank].sqrt()
+    left, right = qa @ (u[:, :rank] * root), (qb @ (vh[:rank].T * root)).T
+    return left.float(), right.float()

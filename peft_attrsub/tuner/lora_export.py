@@ -1,0 +1,215 @@
+"""From cores to a plain LoRA that stock PEFT (and what reads its files) loads: exact, without an SVD.
+
+    lora_B = scaling * A M ,  lora_A = B^T        (or A and M B^T, where that is thinner)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..basis import BasisError
+from ..basis.adapters import CONFIG, WEIGHTS
+from ..basis.files import atomic_folder, fetch
+from ..basis.layout import ModuleLayout
+from ..basis.naming import strip_peft_prefix
+from .config import AttrSubspaceConfig
+from .factors import Bases, assemble, slices_of, to_lora
+from .layer import AttrSubspaceLayer
+from .provider import BasisProvider
+from .targets import exact_targets
+
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class _Exported:
+    """LoRA factors of one module: left (n x r), right (r x m)."""
+
+    left: Tensor
+    right: Tensor
+    layout: ModuleLayout
+
+
+def export_lora(
+    model: PeftModel | BaseTuner | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    rank: int | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Write an adapter as a plain LoRA folder and return the folder.
+
+    Args:
+        model: the PeftModel, or the folder (or Hub id) of a saved adapter; then no model is needed.
+        folder: where to write adapter_config.json and adapter_model.safetensors, atomically.
+        adapter_name: which adapter of the model.
+        rank: best approximation of this rank; default exact, of rank min(D_A, D_B) per module.
+        overwrite: replace an existing adapter folder.
+
+    Raises BasisError for an unknown adapter, and for grouped convolutions, whose LoRA in PEFT is another
+    kind of update.
+    """
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise BasisError(f"rank={rank!r} is no positive whole number.")
+    if isinstance(model, (str, os.PathLike)):
+        config, modules, rest = _from_folder(model, rank)
+        names: Iterable[str] = modules
+    else:
+        config, modules, rest = _from_model(model, adapter_name, rank)
+        names = [name for name, _ in _base(model).named_modules()]
+    lora = _lora_config(config, modules, names)
+    tensors = dict(rest)
+    for name, item in modules.items():
+        tensors.update(_tensors(name, item))
+    with atomic_folder(folder, CONFIG, overwrite) as beside:
+        lora.save_pretrained(str(beside))
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / WEIGHTS, metadata={"format": "pt"})
+    return os.fspath(folder)
+
+
+def _base(model: PeftModel | BaseTuner) -> torch.nn.Module:
+    inner = model.base_model if isinstance(model, PeftModel) else model
+    base: torch.nn.Module = inner.model
+    return base
+
+
+def _from_model(
+    model: PeftModel | BaseTuner, adapter_name: str, rank: int | None
+) -> tuple[AttrSubspaceConfig, dict[str, _Exported], dict[str, Tensor]]:
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if not isinstance(config, AttrSubspaceConfig):
+        have = ", ".join(name for name, c in configs.items() if isinstance(c, AttrSubspaceConfig)) or "none"
+        raise BasisError(f"the model has no attribute-subspace adapter {adapter_name!r} to export; it has {have}.")
+    modules = {}
+    for name, layer in _base(model).named_modules():
+        if isinstance(layer, AttrSubspaceLayer) and layer.has(adapter_name):
+            a, core, b = (x.detach().cpu() if x is not None else None for x in layer.factors(adapter_name))
+            assert a is not None and b is not None
+            modules[name] = _export(name, a, core, b, layer.scaling[adapter_name], layer.layout, rank)
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return config, modules, {k: v.detach().cpu().clone() for k, v in state.items() if ".attrsub_" not in k}
+
+
+def _from_folder(
+    adapter: str | os.PathLike[str], rank: int | None
+) -> tuple[AttrSubspaceConfig, dict[str, _Exported], dict[str, Tensor]]:
+    path, _ = fetch(adapter, [CONFIG, WEIGHTS], "adapter")
+    config, tensors = read_adapter(path)
+    provider = BasisProvider(config)
+    layouts = {n: ModuleLayout.from_dict(x) for n, x in (config.module_layouts or {}).items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for key, value in tensors.items():
+        stem, mark, part = key.rpartition(".attrsub_")
+        if mark:
+            found.setdefault(strip_peft_prefix(stem), {})[part] = value
+        else:
+            rest[key] = value
+    modules = {}
+    for name, parts in found.items():
+        if "lora_A" in parts:
+            left, right = parts["lora_B"], parts["lora_A"].T
+            layout = layouts.get(name) or ModuleLayout("linear", left.shape[0], right.shape[0])
+            scaling = config.lora_alpha / config.lora_rank
+            modules[name] = _export(name, left, None, right, scaling, layout, rank)
+            continue
+        bases = _stored_bases(name, parts, config, provider, layouts)
+        core = assemble(parts["M"].float(), bases.slices, config.core == "block_diagonal")
+        layout = layouts.get(name) or ModuleLayout("linear", bases.a.shape[0], bases.b.shape[0])
+        modules[name] = _export(name, bases.a, core, bases.b, config.scaling, layout, rank)
+    return config, modules, rest
+
+
+def _stored_bases(
+    name: str,
+    parts: dict[str, Tensor],
+    config: AttrSubspaceConfig,
+    provider: BasisProvider,
+    layouts: dict[str, ModuleLayout],
+) -> Bases:
+    if "A" in parts:
+        slices = slices_of(config.attributes or [""], parts["sizes"].tolist())
+        return Bases(parts["A"], parts["B"], slices, "")
+    if provider.basis is not None:
+        return provider.make(name, provider.basis.layout(name), None)
+    raise BasisError(
+        f"the adapter's file holds no basis for module {name!r} and basis={config.basis!r} needs the model: "
+        "load the adapter and call export_lora(model, folder)."
+    )
+
+
+def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
+    """Config and tensors of a saved attribute-subspace adapter."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise BasisError(f"{str(folder)!r} is no saved adapter: it needs {CONFIG} and {WEIGHTS}.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, AttrSubspaceConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise BasisError(f"{str(folder)!r} holds a {kind} adapter, expected an attribute-subspace adapter.")
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise BasisError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}.") from error
+
+
+def _export(
+    name: str,
+    a: Tensor,
+    core: Tensor | None,
+    b: Tensor,
+    scaling: float,
+    layout: ModuleLayout,
+    rank: int | None,
+) -> _Exported:
+    if layout.groups != 1:
+        raise BasisError(
+            f"module {name!r} is a convolution with {layout.groups} groups, for which PEFT's LoRA is another kind of "
+            "update: merge the adapter instead, or leave the module out."
+        )
+    matrix = torch.eye(a.shape[1]) if core is None else core
+    left, right = to_lora(a, matrix, b, rank)
+    return _Exported(left * scaling, right, layout)
+
+
+def _tensors(name: str, item: _Exported) -> dict[str, Tensor]:
+    stem, layout, r = f"{_PREFIX}{name}", item.layout, item.left.shape[1]
+    if layout.kind == "embedding":
+        return {f"{stem}.lora_embedding_A": item.right, f"{stem}.lora_embedding_B": item.left}
+    a, b = item.right, item.left
+    if layout.kernel:
+        a, b = a.reshape(r, *layout.kernel), b.reshape(*b.shape, *[1] * (len(layout.kernel) - 1))
+    return {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+
+
+def _lora_config(config: AttrSubspaceConfig, modules: dict[str, _Exported], names: Iterable[str]) -> LoraConfig:
+    ranks = {name: item.left.shape[1] for name, item in modules.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # "^" keeps a pattern from also matching a longer name with the same ending.
+    pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != common}
+    targets = exact_targets(ranks, names)
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(targets) if isinstance(targets, set) else targets,
+        modules_to_save=config.modules_to_save,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
+        inference_mode=True,
+    )

@@ -1,0 +1,127 @@
+"""From a plain LoRA to cores: the part of its update that lies inside a basis.
+
+    M = A^T dW B ,   energy = ||M||^2 / ||dW||^2          (A, B orthonormal; dW = s lora_B lora_A)
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..basis import Basis, BasisError, LoraAdapter
+from ..basis.adapters import CONFIG, WEIGHTS
+from ..basis.basis import Dim
+from ..basis.files import atomic_folder
+from ..basis.naming import nearest, some
+from .config import AttrSubspaceConfig
+from .factors import blocks_of
+
+_PREFIX = "base_model.model."
+
+
+@dataclass
+class Projection:
+    """cores: module -> M (D_A x D_B). energy: module -> share of ||dW||^2 inside the basis.
+
+    total_energy: the same over all modules of the adapter together.
+    """
+
+    cores: dict[str, Tensor]
+    energy: dict[str, float]
+    total_energy: float
+    folder: str | None = None
+
+
+def project_lora(
+    adapter: str | os.PathLike[str],
+    basis: Basis | str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    attributes: list[str] | None = None,
+    dim: Dim = None,
+    missing: str = "error",
+    overwrite: bool = False,
+) -> Projection:
+    """Project a saved LoRA onto a basis: M = A^T dW B in every module, the best that cores can do.
+
+    Args:
+        adapter: folder, Hub id or .safetensors of a LoRA. basis: a Basis, folder or Hub id.
+        output: folder to write the resulting attribute-subspace adapter to, atomically.
+        attributes, dim: the part of the basis to use, as in AttrSubspaceConfig.
+        missing: "error", or "skip" to lose modules of the LoRA that the basis lacks.
+    """
+    if missing not in ("error", "skip"):
+        raise BasisError(f"missing={missing!r} is unknown: use 'error' or 'skip'.")
+    whole = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
+    part = whole.select(attributes, dim)
+    lora = LoraAdapter(adapter)
+    _check_modules(lora, part, missing)
+    cores, energy, tensors = {}, {}, {}
+    kept = total = 0.0
+    with lora:
+        for module in lora.modules:
+            left, right = (x.double() for x in lora.read(module))  # [n, r], [m, r]
+            norm = float(((left.T @ left) * (right.T @ right)).sum())
+            total += norm
+            if module not in part.modules:
+                energy[module] = 0.0
+                continue
+            a, b, slices = part.joint(module)
+            core = (a.double().T @ left) @ (right.T @ b.double())
+            kept += float(core.square().sum())
+            energy[module] = float(core.square().sum()) / norm if norm > 0 else 1.0
+            cores[module] = core.float()
+            tensors[f"{_PREFIX}{module}.attrsub_M"] = core.float()
+            if whole.source is None:
+                tensors[f"{_PREFIX}{module}.attrsub_A"] = a
+                tensors[f"{_PREFIX}{module}.attrsub_B"] = b
+                tensors[f"{_PREFIX}{module}.attrsub_sizes"] = torch.tensor(blocks_of(slices))
+    result = Projection(cores, energy, kept / total if total > 0 else 1.0)
+    if output is not None:
+        config = _config(lora, whole, part, dim, list(cores))
+        with atomic_folder(output, CONFIG, overwrite) as beside:
+            config.save_pretrained(str(beside))
+            save_file({k: v.contiguous() for k, v in tensors.items()}, beside / WEIGHTS, metadata={"format": "pt"})
+        result.folder = os.fspath(output)
+    return result
+
+
+def _check_modules(lora: LoraAdapter, basis: Basis, missing: str) -> None:
+    covered = set(basis.modules)
+    absent = [m for m in lora.modules if m not in covered]
+    if absent and missing == "error":
+        near = some(nearest(absent[0], basis.modules)) or "none"
+        raise BasisError(
+            f"the basis lacks modules of {lora.source!r}: {some(absent)} (nearest: {near}); "
+            "missing='skip' (--missing skip) loses them."
+        )
+    for module in lora.modules:
+        if module in covered and lora.entries[module].layout.shape != basis.layout(module).shape:
+            raise BasisError(
+                f"module {module!r} has shape {lora.entries[module].layout.shape} in {lora.source!r} but "
+                f"{basis.layout(module).shape} in the basis: they belong to different models."
+            )
+    if not covered & set(lora.modules):
+        raise BasisError(f"the basis and {lora.source!r} have no module in common.")
+
+
+def _config(
+    lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: list[str]
+) -> AttrSubspaceConfig:
+    layouts = {m: part.layout(m).to_dict() for m in modules if part.layout(m).kind != "linear"}
+    return AttrSubspaceConfig(
+        basis=whole,
+        basis_revision=whole.revision,
+        basis_digest=whole.digest,
+        basis_in_adapter=whole.source is None,
+        attributes=part.attributes,
+        dim=dict(dim) if isinstance(dim, dict) else dim,  # type: ignore[arg-type]
+        target_modules=modules,
+        module_layouts=layouts or None,
+        base_model_name_or_path=lora.base_model,
+        task_type=lora.config.get("task_type"),
+        inference_mode=True,
+    )

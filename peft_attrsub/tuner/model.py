@@ -1,0 +1,190 @@
+"""AttrSubspaceModel: puts cores (and plain LoRA, where asked) into a model, the PEFT way."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..basis import BasisError
+from ..basis.layout import ModuleLayout
+from ..basis.naming import natural_key, some
+from .arithmetic import add_weighted_adapter
+from .config import AttrSubspaceConfig
+from .layer import LAYERS, AttrSubspaceLayer
+from .provider import BasisProvider
+from .registration import PREFIX
+from .targets import exact_targets
+
+
+class AttrSubspaceModel(BaseTuner):
+    """A model whose targeted modules compute y = W x + scaling * A M (B^T x), with only M trained.
+
+    Args:
+        model: the model to adapt; it is changed in place. config: AttrSubspaceConfig.
+        adapter_name: name of the adapter, "default" unless told otherwise.
+        low_cpu_mem_usage: make the cores on the meta device, to be filled from a checkpoint.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = AttrSubspaceLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: AttrSubspaceConfig, model_config: dict) -> AttrSubspaceConfig:
+        return peft_config  # needs the model's module names: see _prepare_model
+
+    def _prepare_model(self, peft_config: AttrSubspaceConfig, model: nn.Module) -> None:
+        """Open the basis, pin it in the config, and resolve the default targets."""
+        provider = BasisProvider(peft_config)
+        self._provider = provider
+        self._quantization_kwargs = get_quantization_kwargs(model)
+        _pin(peft_config, provider)
+        if peft_config.target_modules is None:
+            if provider.basis is not None:
+                peft_config.target_modules = _default_targets(peft_config, provider, model)
+            elif peft_config.generated:
+                peft_config.target_modules = "all-linear"
+            else:
+                peft_config.target_modules = []
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: AttrSubspaceConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        if found or type(found).__name__ == "_ExcludedModule":
+            return found
+        return check_target_module_exists(_LoraTargets(peft_config), key)
+
+    def _create_and_replace(
+        self,
+        peft_config: AttrSubspaceConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"module {current_key!r} is inside an nn.MultiheadAttention, which reads its weight without calling "
+                "it, so an adapter there would do nothing: exclude it with exclude_modules."
+            )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layout = self._layout(base, current_key)
+        if layout.kind != "linear":
+            peft_config.module_layouts = {**(peft_config.module_layouts or {}), current_key: layout.to_dict()}
+        as_lora = bool(check_target_module_exists(_LoraTargets(peft_config), current_key))
+        if not as_lora and peft_config.missing == "skip" and not self._provider.covers(current_key):
+            return
+        if not as_lora:
+            self._provider.check_covers(current_key, layout)
+        layer = target if isinstance(target, AttrSubspaceLayer) else self._new_layer(target, base, layout, peft_config)
+        if as_lora:
+            layer.add_lora(adapter_name, peft_config, peft_config.inference_mode)
+        else:
+            bases = self._bases(layer, current_key, peft_config)
+            layer.add_core(adapter_name, bases, peft_config, peft_config.inference_mode)
+        if layer is not target:
+            layer.set_adapter([adapter_name], inference_mode=peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        elif adapter_name not in self.active_adapters:
+            layer.set_requires_grad(adapter_name, False)
+
+    def _layout(self, base: nn.Module, name: str) -> ModuleLayout:
+        layout = ModuleLayout.of(base)
+        if layout is not None:
+            return layout
+        quantised = resolve_quantization_backend(base, **self._quantization_kwargs)
+        n, m = getattr(base, "out_features", None), getattr(base, "in_features", None)
+        if quantised is not None and n and m:
+            return ModuleLayout("linear", n, m)
+        raise ValueError(
+            f"module {name!r} is a {type(base).__name__}, which cannot carry a core: supported are Linear, Conv1D, "
+            "Conv1d, Conv2d, Conv3d, Embedding and quantised linear layers; change target_modules."
+        )
+
+    def _new_layer(
+        self, target: nn.Module, base: nn.Module, layout: ModuleLayout, config: AttrSubspaceConfig
+    ) -> AttrSubspaceLayer:
+        transposed = isinstance(base, Conv1D)
+        if config.fan_in_fan_out and not transposed and layout.kind == "linear":
+            warnings.warn(
+                f"fan_in_fan_out=True does not fit a {type(base).__name__} and is ignored there.", stacklevel=2
+            )
+        return LAYERS[layout.kind](target, layout, transposed, **self._quantization_kwargs)
+
+    def _bases(self, layer: AttrSubspaceLayer, module: str, config: AttrSubspaceConfig) -> Any:
+        if config.basis_in_adapter:
+            return None
+        key = self._provider.key(module)
+        held = layer.shared(key)
+        if held is not None:
+            return held
+        weight = None
+        if config.basis == "psv":
+            weight = layer.layout.as_matrix(layer.get_base_weight(), layer.fan_in_fan_out)
+            if weight.device.type == "meta":
+                raise BasisError(f"basis='psv' needs the weight of {module!r}, which is on the meta device: load it.")
+        return self._provider.make(module, layer.layout, weight)
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add `adapter_name` = sum_i weights[i] * adapters[i], exactly: cores on one basis add up.
+
+        Raises ValueError if the adapters stand on different bases or modules.
+        """
+        add_weighted_adapter(self, list(adapters), list(weights), adapter_name)
+
+
+class _LoraTargets:
+    """The config as PEFT's matcher sees it when asked about lora_modules."""
+
+    target_parameters: list[str] = []
+
+    def __init__(self, config: AttrSubspaceConfig) -> None:
+        self.target_modules = config.lora_modules or []
+        self.exclude_modules = config.exclude_modules
+        self.modules_to_save = config.modules_to_save
+
+
+def _pin(config: AttrSubspaceConfig, provider: BasisProvider) -> None:
+    """Write into the config what a later load has to find again: attributes, digest, commit."""
+    whole = provider.whole
+    if provider.basis is None or whole is None:
+        if config.generated:
+            config.attributes = [config.basis]
+        return
+    config.attributes = provider.basis.attributes
+    if config.basis_digest is None:
+        config.basis_digest = whole.digest
+    if whole.revision and not isinstance(config.basis, (list, tuple)):
+        config.basis_revision = whole.revision
+
+
+def _default_targets(config: AttrSubspaceConfig, provider: BasisProvider, model: nn.Module) -> set[str] | str:
+    """Every module the basis covers, as PEFT's target_modules."""
+    names = {name for name, _ in model.named_modules() if name}
+    absent = sorted(set(provider.modules) - names, key=natural_key)
+    if absent and config.missing == "error":
+        raise BasisError(
+            f"the basis covers modules that the model does not have ({some(absent)}), so it was mined for another "
+            "model or another wrapping: choose target_modules, or set missing='skip' to use the rest."
+        )
+    wanted = set(provider.modules) & names
+    if config.layers_to_transform is not None:
+        wanted = {name for name in wanted if _in_layers(config, name)}
+    return exact_targets(wanted, names)
+
+
+def _in_layers(config: AttrSubspaceConfig, name: str) -> bool:
+    # PEFT looks at the layer index only when a target matches by its ending.
+    probe = copy.copy(config)
+    probe.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(probe, name))
