@@ -138,7 +138,9 @@ class LoraAdapter:
     def _read_config(self, folder: Path) -> dict[str, Any]:
         path = folder / CONFIG
         if not path.is_file():
-            raise BasisError(f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown.")
+            raise BasisError(
+                f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown."
+            )
         try:
             config = json.loads(path.read_text())
         except ValueError as error:

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -394,7 +393,9 @@ def _check_same_model(first: Basis, other: Basis) -> None:
     if a.modules != b.modules:
         names = sorted(set(a.modules) ^ set(b.modules), key=natural_key)
         names = names or [m for m in a.modules if a.modules[m] != b.modules[m]]
-        raise BasisError(f"the bases cover different modules or shapes, e.g. {some(names)}: select() common modules first.")
+        raise BasisError(
+            f"the bases cover different modules or shapes, e.g. {some(names)}: select() common modules first."
+        )
     if a.base_model and b.base_model and a.base_model != b.base_model:
         raise BasisError(f"the bases belong to different base models, {a.base_model!r} and {b.base_model!r}.")
 

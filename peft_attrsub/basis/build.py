@@ -92,7 +92,11 @@ def build_basis(
             ranks = job.effective_ranks(attribute, base_model if isinstance(base_model, nn.Module) else None)
             dims[attribute] = by_importance(ranks, job.limits(attribute), dim, rule == "importance-literal")
         else:
-            rules: dict[str, Dimension] = {"uniform": dim, "energy": by_energy(share, dim), "gap": by_gap(dim)}
+            rules: dict[str, Dimension] = {
+                "uniform": dim,
+                "energy": by_energy(share, dim),
+                "gap": by_gap(dim),
+            }
             dims[attribute] = dict.fromkeys(layouts, rules[rule])
     factors: dict[str, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
     extras: dict[str, Tensor] = {}
@@ -158,9 +162,7 @@ class _Job:
         row = self.adapters[attribute]
         return {m: min(*x.shape, sum(a.entries[m].rank for a in row)) for m, x in self.layouts.items()}
 
-    def _each(
-        self, attribute: str, work: Callable[[str, list[Tensor], list[Tensor]], T], title: str
-    ) -> dict[str, T]:
+    def _each(self, attribute: str, work: Callable[[str, list[Tensor], list[Tensor]], T], title: str) -> dict[str, T]:
         """`work` on every module of this process' share; the results of all processes, in order."""
         names, main = process_share(list(self.layouts))
         chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
@@ -227,9 +229,7 @@ def _open(adapters: Adapters) -> dict[str, list[LoraAdapter]]:
     return opened
 
 
-def _checked(
-    dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtype: torch.dtype
-) -> IrlsSettings:
+def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtype: torch.dtype) -> IrlsSettings:
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise BasisError(f"dim={dim!r} is no positive whole number.")
     if not 0 < alpha <= 2:
@@ -243,4 +243,3 @@ def _checked(
     if dtype not in DTYPES.values():
         raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
     return IrlsSettings(alpha, eps, max_iter, tol)
-

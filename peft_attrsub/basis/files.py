@@ -51,18 +51,14 @@ def check_writable(final: Path, marker: str, overwrite: bool) -> None:
     if not final.exists() or not any(final.iterdir()):
         return
     if not (final / marker).exists():
-        raise BasisError(
-            f"{str(final)!r} exists and holds no {marker}, so it is not replaced: give another folder."
-        )
+        raise BasisError(f"{str(final)!r} exists and holds no {marker}, so it is not replaced: give another folder.")
     if not overwrite:
         raise BasisError(f"{str(final)!r} exists already: give another folder, or overwrite=True (--overwrite).")
 
 
 def _swap_in(beside: Path, final: Path) -> None:
     """Rename `beside` to `final`; what was there before ends up under the other name."""
-    if not final.exists():
-        os.rename(beside, final)
-    elif not any(final.iterdir()):
+    if not final.exists() or not any(final.iterdir()):
         os.rename(beside, final)
     elif not _exchange(beside, final):
         # No atomic exchange on this system: keep the old folder until the new one has its name.

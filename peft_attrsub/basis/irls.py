@@ -16,7 +16,7 @@ that is no longer small, and `matrix_free` takes over.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,8 +65,8 @@ class SharedSubspace:
 
     def cast(self, dtype: torch.dtype) -> SharedSubspace:
         """The same on the CPU in `dtype`."""
-        tensors = {k: v.to("cpu", dtype) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        fields = self.__dict__
+        return SharedSubspace(**{k: v.to("cpu", dtype) if isinstance(v, Tensor) else v for k, v in fields.items()})
 
 
 def shared_subspace(
@@ -103,7 +103,8 @@ def _reweight(problem: _Core | _Operator, dim: Dimension, settings: IrlsSettings
     weights = torch.ones_like(norms)
     first = problem.spectrum(weights / k)
     d = dim(first) if callable(dim) else dim
-    best, objective = None, []
+    best: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None = None
+    objective: list[float] = []
     for _ in range(settings.max_iter):
         triplet = problem.leading(weights / weights.sum(), d)
         residuals = problem.residuals(*triplet)
@@ -182,9 +183,7 @@ class _Core:
         self._columns = torch.tensor([x.shape[1] for x in left], device=p.device)
         self._start: Tensor | None = None
         self._svd: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
-        self.norms = torch.stack(
-            [torch.linalg.matrix_norm(self._rp[:, s] @ self._rq[:, s].T) for s in self._slices]
-        )
+        self.norms = torch.stack([torch.linalg.matrix_norm(self._rp[:, s] @ self._rq[:, s].T) for s in self._slices])
 
     def _mean(self, weights: Tensor) -> Tensor:
         return (self._rp * weights.repeat_interleave(self._columns)) @ self._rq.T  # [R, R]
@@ -233,10 +232,7 @@ class _Operator:
         self._slices = _slices(left)
         self._columns = torch.tensor([x.shape[1] for x in left], device=self._p.device)
         self._start: Tensor | None = None
-        squares = [
-            ((self._p[:, i].T @ self._p[:, i]) * (self._q[:, i].T @ self._q[:, i])).sum()
-            for i in self._slices
-        ]
+        squares = [((self._p[:, i].T @ self._p[:, i]) * (self._q[:, i].T @ self._q[:, i])).sum() for i in self._slices]
         self.norms = torch.stack(squares).clamp_min(0).sqrt()
 
     def _solve(self, weights: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:

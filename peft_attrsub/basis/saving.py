@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from .basis import Basis
 
 
-def write_basis(
-    basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str
-) -> BasisConfig:
+def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> BasisConfig:
     """Write tensors and config of `basis` into `folder`; return the config with hashes and digest."""
     from .basis import DTYPES
 

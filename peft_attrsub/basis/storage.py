@@ -124,5 +124,5 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
         dtype = str(tensor.dtype).removeprefix("torch.")
         digest.update(f"{name} {dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

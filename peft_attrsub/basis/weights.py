@@ -73,7 +73,7 @@ def _matrix(module: nn.Module) -> Tensor:
     from transformers.pytorch_utils import Conv1D
 
     layout = layout_of(module, type(module).__name__)
-    return layout.as_matrix(module.weight.detach(), fan_in_fan_out=isinstance(module, Conv1D))
+    return layout.as_matrix(module.get_parameter("weight").detach(), fan_in_fan_out=isinstance(module, Conv1D))
 
 
 def _chosen(model: nn.Module, dim: int, modules: Modules) -> dict[str, nn.Module]:

@@ -50,10 +50,11 @@ def _merged_config(
     if len({str(c.lora_modules) for c in configs}) > 1:
         raise ValueError("the adapters carry plain LoRA on different lora_modules, so they cannot be added up.")
     merged = copy.copy(configs[0])
-    if any(c.target_modules != merged.target_modules for c in configs):
-        if not all(isinstance(c.target_modules, set) for c in configs):
+    targets = [c.target_modules for c in configs]
+    if any(t != merged.target_modules for t in targets):
+        if any(t is None or isinstance(t, str) for t in targets):
             raise ValueError("the adapters have different target_modules patterns, so they cannot be added up.")
-        merged.target_modules = set().union(*(c.target_modules for c in configs))
+        merged.target_modules = {name for t in targets for name in t or ()}
     if any(c.core == "full" for c in configs):
         merged.core = "full"
     merged.lora_rank = sum(c.lora_rank for c in configs)
@@ -76,9 +77,7 @@ def _add_cores(
     first = present[0][0]
     bases = layer.shared(layer.attrsub_A.key(first))
     layer.add_core(name, bases, config, inference_mode=True)
-    total = sum(
-        layer.core(a) * (w * layer.scaling[a] / layer.scaling[name]) for a, w in present
-    )
+    total = sum(layer.core(a) * (w * layer.scaling[a] / layer.scaling[name]) for a, w in present)
     assert isinstance(total, torch.Tensor)
     value = disassemble(total, layer.slices[name], layer.block_diagonal[name])
     held = layer.attrsub_M[first]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -17,10 +17,6 @@ from .registration import SAVED_TYPE, peft_type
 #: Bases that are made from the model itself instead of being loaded.
 GENERATED = ("psv", "random")
 _GENERATED_DIM = 16
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -62,33 +58,36 @@ class AttrSubspaceConfig(PeftConfig):
         lora_modules: modules that get a plain trainable LoRA instead of a core (the paper does so on
             VGGT's heads); a list or a regex. They need no basis.
         lora_rank, lora_alpha: of those; the LoRA is scaled by lora_alpha / lora_rank.
+        basis_digest, module_layouts, basis_in_adapter: filled in by the library when an adapter is made:
+            the digest of the basis that the cores belong to, the shapes of adapted modules that are not
+            linear, and whether A and B are in the adapter's own file.
     """
 
-    basis: Any = _option(None, "Folder, Hub id, list of them, a Basis, 'psv' or 'random'.")
-    basis_revision: str | None = _option(None, "Branch, tag or commit of a basis on the Hub.")
-    attributes: list[str] | None = _option(None, "Attributes of the basis to use, in order; default all.")
-    dim: int | dict[str, int] | None = _option(None, "Directions per attribute: int or dict by attribute.")
-    core: Literal["full", "block_diagonal"] = _option("full", "'full' or 'block_diagonal' by attribute.")
-    columns: Literal["orthonormal", "spectral"] = _option("orthonormal", "'orthonormal' or 'spectral'.")
-    scaling: float = _option(1.0, "Constant factor of the update.")
-    dropout: float = _option(0.0, "Dropout on the input of the adapter.")
-    init_weights: bool = _option(True, "True: M = 0, a no-op at the start. False: random, for tests.")
-    save_basis: bool | Literal["auto"] = _option("auto", "Save A and B in the adapter: True, False or 'auto'.")
-    seed: int = _option(0, "Seed of the 'random' basis and of a random core.")
-    fan_in_fan_out: bool = _option(False, "The layer stores its weight as (in, out).")
-    missing: Literal["error", "skip"] = _option("error", "What to do with a target that the basis lacks.")
-    target_modules: list[str] | str | None = _option(None, "Modules that get a core; default: the basis' own.")
-    exclude_modules: list[str] | str | None = _option(None, "Modules that are left alone.")
-    layers_to_transform: list[int] | int | None = _option(None, "Layer indices to adapt.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the ModuleList that holds the layers.")
-    modules_to_save: list[str] | None = _option(None, "Modules trained and saved in full.")
-    lora_modules: list[str] | str | None = _option(None, "Modules that get a plain LoRA instead of a core.")
-    lora_rank: int = _option(16, "Rank of that LoRA.")
-    lora_alpha: float = _option(16, "alpha of that LoRA: it is scaled by lora_alpha / lora_rank.")
+    basis: Any = None
+    basis_revision: str | None = None
+    attributes: list[str] | None = None
+    dim: int | dict[str, int] | None = None
+    core: Literal["full", "block_diagonal"] = "full"
+    columns: Literal["orthonormal", "spectral"] = "orthonormal"
+    scaling: float = 1.0
+    dropout: float = 0.0
+    init_weights: bool = True
+    save_basis: bool | Literal["auto"] = "auto"
+    seed: int = 0
+    fan_in_fan_out: bool = False
+    missing: Literal["error", "skip"] = "error"
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    lora_modules: list[str] | str | None = None
+    lora_rank: int = 16
+    lora_alpha: float = 16
     # Filled in when an adapter is made or saved:
-    basis_digest: str | None = _option(None, "Digest of the basis the cores were trained in; set by the library.")
-    module_layouts: dict[str, Any] | None = _option(None, "Shapes of adapted modules that are not linear.")
-    basis_in_adapter: bool = _option(False, "A and B are in the adapter's own file; set by the library.")
+    basis_digest: str | None = None
+    module_layouts: dict[str, Any] | None = None
+    basis_in_adapter: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +95,9 @@ class AttrSubspaceConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "lora_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        attributes: Any = self.attributes
+        if isinstance(attributes, str):
+            self.attributes = [attributes]
         self._check()
 
     def _check(self) -> None:
@@ -111,9 +113,9 @@ class AttrSubspaceConfig(PeftConfig):
             raise ValueError("layers_pattern is given but layers_to_transform is not: name the layer indices too.")
         for option in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, option) is not None:
-                raise ValueError(f"{option} needs target_modules as a list, but it is the string {self.target_modules!r}.")
-        if isinstance(self.attributes, str):
-            self.attributes = [self.attributes]
+                raise ValueError(
+                    f"{option} needs target_modules as a list, but it is the string {self.target_modules!r}."
+                )
         self._check_basis()
 
     def _check_basis(self) -> None:
@@ -215,7 +217,7 @@ class AttrSubspaceConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, pinned to the basis by revision and digest."""
         pinned = _Saved(self)
-        PeftConfig.save_pretrained(pinned, save_directory, **kwargs)  # type: ignore[arg-type]
+        PeftConfig.save_pretrained(pinned, save_directory, **kwargs)
 
 
 class _Saved:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -26,6 +26,10 @@ _INIT_STD = 0.5
 
 class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
     """What all layer types share: adapters, merging, dtypes. Subclasses say how x meets B and A."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # PEFT is untyped; torch would say Tensor | Module
 
     adapter_layer_names = ("attrsub_M", "attrsub_lora_A", "attrsub_lora_B")
     other_param_names = (
@@ -68,9 +72,7 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
 
     # Adapters
 
-    def add_core(
-        self, adapter: str, bases: Bases | None, config: AttrSubspaceConfig, inference_mode: bool
-    ) -> None:
+    def add_core(self, adapter: str, bases: Bases | None, config: AttrSubspaceConfig, inference_mode: bool) -> None:
         """Give `adapter` a core on `bases`; None: its A and B arrive with the adapter's weights."""
         self._begin(adapter, config)
         block = self.block_diagonal[adapter] = config.core == "block_diagonal"
@@ -109,7 +111,7 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         a, b = self.attrsub_A.find(key), self.attrsub_B.find(key)
         if a is None or b is None:
             return None
-        adapter = next(name for name in self.attrsub_A.keys() if self.attrsub_A.key(name) == key)
+        adapter = next(name for name in self.attrsub_A if self.attrsub_A.key(name) == key)
         return Bases(a, b, self.slices[adapter], key)
 
     def _begin(self, adapter: str, config: AttrSubspaceConfig) -> None:
@@ -219,7 +221,8 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(
-                f"{backend.backend_name} weights cannot be changed, so the adapter cannot be merged: keep it beside them."
+                f"{backend.backend_name} weights cannot be changed, so the adapter cannot be merged: "
+                "keep it beside them."
             )
 
     # Forward

@@ -1,6 +1,6 @@
 """From cores to a plain LoRA that stock PEFT (and what reads its files) loads: exact, without an SVD.
 
-    lora_B = scaling * A M ,  lora_A = B^T        (or A and M B^T, where that is thinner)
+lora_B = scaling * A M ,  lora_A = B^T        (or A and M B^T, where that is thinner)
 """
 
 from __future__ import annotations

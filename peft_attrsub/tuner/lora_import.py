@@ -1,6 +1,6 @@
 """From a plain LoRA to cores: the part of its update that lies inside a basis.
 
-    M = A^T dW B ,   energy = ||M||^2 / ||dW||^2          (A, B orthonormal; dW = s lora_B lora_A)
+M = A^T dW B ,   energy = ||M||^2 / ||dW||^2          (A, B orthonormal; dW = s lora_B lora_A)
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def _check_modules(lora: LoraAdapter, basis: Basis, missing: str) -> None:
         raise BasisError(f"the basis and {lora.source!r} have no module in common.")
 
 
-def _config(
-    lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: list[str]
-) -> AttrSubspaceConfig:
+def _config(lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: list[str]) -> AttrSubspaceConfig:
     layouts = {m: part.layout(m).to_dict() for m in modules if part.layout(m).kind != "linear"}
     return AttrSubspaceConfig(
         basis=whole,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -34,7 +34,7 @@ class AttrSubspaceModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = AttrSubspaceLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: AttrSubspaceConfig, model_config: dict) -> AttrSubspaceConfig:
         return peft_config  # needs the model's module names: see _prepare_model
@@ -117,7 +117,8 @@ class AttrSubspaceModel(BaseTuner):
         transposed = isinstance(base, Conv1D)
         if config.fan_in_fan_out and not transposed and layout.kind == "linear":
             warnings.warn(
-                f"fan_in_fan_out=True does not fit a {type(base).__name__} and is ignored there.", stacklevel=2
+                f"fan_in_fan_out=True does not fit a {type(base).__name__} and is ignored there.",
+                stacklevel=2,
             )
         return LAYERS[layout.kind](target, layout, transposed, **self._quantization_kwargs)
 
@@ -146,7 +147,7 @@ class AttrSubspaceModel(BaseTuner):
 class _LoraTargets:
     """The config as PEFT's matcher sees it when asked about lora_modules."""
 
-    target_parameters: list[str] = []
+    target_parameters: ClassVar[list[str]] = []
 
     def __init__(self, config: AttrSubspaceConfig) -> None:
         self.target_modules = config.lora_modules or []

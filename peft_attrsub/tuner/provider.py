@@ -96,4 +96,3 @@ class BasisProvider:
             u, v = u * factor, v * factor
         d = s.shape[0]
         return Bases(u, v, {str(config.basis): (slice(0, d), slice(0, d))}, self.key(module))
-

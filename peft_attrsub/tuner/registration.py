@@ -33,8 +33,8 @@ def peft_type() -> PeftType:
         return existing
     member = str.__new__(PeftType, NAME)
     member._name_, member._value_ = NAME, NAME
-    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
-    member._from_peft_attrsub = True  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType.__members__)
+    member._from_peft_attrsub = True
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
     PeftType._member_names_.append(NAME)
@@ -49,6 +49,6 @@ def register(config_cls: type, model_cls: type) -> None:
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
-        PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = config_cls  # type: ignore[index]
+        PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = config_cls
     elif known is not config_cls:
         raise RuntimeError(f"PEFT already holds another configuration class for {NAME}: {known!r}.")

@@ -1,0 +1,5 @@
+"""python -m peft_attrsub: the same as the peft-attrsub command."""
+
+from .cli import main
+
+main()

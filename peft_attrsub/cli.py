@@ -1,0 +1,267 @@
+"""The peft-attrsub command: build, look at and combine bases, and convert adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__, cli_text
+from .basis import Basis, BasisError, build_basis
+from .basis.adapters import CONFIG as ADAPTER_CONFIG
+from .basis.basis import DTYPES
+from .basis.config import CONFIG_NAME
+from .basis.files import check_writable
+from .basis.naming import check_attribute
+from .tuner import export_lora, project_lora
+
+app = typer.Typer(
+    help="Attribute subspaces for PEFT: mine a basis from LoRA adapters, then train only small cores in it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; made in one step at the end.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder of the same kind.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the full traceback.")]
+
+
+@app.command("build-basis")
+def build(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="Saved LoRA adapters: a folder of adapters is one attribute named like it; 'texture=PATH' says the "
+            "attribute outright; else it is the adapter's name without its trailing number."
+        ),
+    ],
+    output: Output,
+    dim: Annotated[int, typer.Option(help="Directions per module and attribute.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Robustness in (0, 2]: 2 averages, 1 mutes outliers.")] = 1.0,
+    eps: Annotated[float, typer.Option(help="Smoothing, relative to the adapters' norm.")] = 1e-6,
+    max_iter: Annotated[int, typer.Option(help="Most IRLS iterations.")] = 50,
+    tol: Annotated[float, typer.Option(help="Relative change of the objective at which to stop.")] = 1e-6,
+    allocation: Annotated[
+        str,
+        typer.Option(help="Directions per module: uniform, importance, importance-literal, energy[:0.95] or gap."),
+    ] = "uniform",
+    base_model: Annotated[str | None, typer.Option(help="Base model to record and to check against.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda; default the CPU.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored basis: float32 or bfloat16.")] = "float32",
+    on_missing: Annotated[
+        str, typer.Option(help="When adapters cover different modules: error, or intersect.")
+    ] = "error",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Mine a basis from saved LoRA adapters."""
+
+    def work() -> None:
+        if dtype not in DTYPES:
+            raise BasisError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPES)}.")
+        check_writable(output, CONFIG_NAME, overwrite)
+        groups = group_adapters(adapters)
+        main = _is_main_process()
+        if main and not as_json:
+            print(cli_text.plan(groups, output, dim, allocation, alpha))
+        basis = build_basis(
+            groups,
+            dim=dim,
+            alpha=alpha,
+            eps=eps,
+            max_iter=max_iter,
+            tol=tol,
+            allocation=allocation,
+            base_model=base_model,
+            device=device,
+            dtype=DTYPES[dtype],
+            on_missing=on_missing,
+            progress=not as_json,
+        )
+        if not main:
+            return
+        basis.config.command = _command(adapters)
+        basis.save_pretrained(output, overwrite=overwrite)
+        _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
+
+    _run(work, debug)
+
+
+@app.command()
+def info(
+    basis: Annotated[str, typer.Argument(help="Folder or Hub id of a basis.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every tensor and check the digest.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a basis holds: attributes, dimensions, captured energy, muted adapters, digest."""
+
+    def work() -> None:
+        opened = Basis.from_pretrained(basis)
+        if verify:
+            opened.verify()
+        _tell(cli_text.summary(opened), as_json, cli_text.described)
+
+    _run(work, debug)
+
+
+@app.command()
+def combine(
+    bases: Annotated[list[str], typer.Argument(help="Folders or Hub ids of bases of one model.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put the attributes of several bases into one."""
+
+    def work() -> None:
+        check_writable(output, CONFIG_NAME, overwrite)
+        whole = Basis.combine([Basis.from_pretrained(name) for name in bases])
+        whole.config.command = _command(bases)
+        whole.save_pretrained(output, overwrite=overwrite)
+        _tell(cli_text.summary(whole), as_json, lambda record: cli_text.built(record, str(output)))
+
+    _run(work, debug)
+
+
+@app.command("export-lora")
+def export(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved attribute-subspace adapter.")],
+    output: Output,
+    rank: Annotated[int | None, typer.Option(help="Truncate to this rank; default exact.")] = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as a plain LoRA that stock PEFT loads; exact unless --rank is given."""
+
+    def work() -> None:
+        check_writable(output, ADAPTER_CONFIG, overwrite)
+        print(f"wrote the LoRA to {export_lora(adapter, output, rank=rank, overwrite=overwrite)}")
+
+    _run(work, debug)
+
+
+@app.command()
+def project(
+    adapter: Annotated[str, typer.Argument(help="Folder, Hub id or .safetensors of a LoRA.")],
+    basis: Annotated[str, typer.Option("--basis", help="Folder or Hub id of the basis.")],
+    output: Output,
+    attribute: Annotated[
+        list[str] | None, typer.Option("--attribute", help="Use only this attribute; may be repeated.")
+    ] = None,
+    dim: Annotated[int | None, typer.Option(help="Use only this many directions per attribute.")] = None,
+    missing: Annotated[str, typer.Option(help="Modules that the basis lacks: error, or skip.")] = "error",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a LoRA into cores: its part inside the basis, and how much of it that is."""
+
+    def work() -> None:
+        check_writable(output, ADAPTER_CONFIG, overwrite)
+        result = project_lora(adapter, basis, output, attribute or None, dim, missing, overwrite)
+        record = {"output": str(output), "total_energy": result.total_energy, "energy": result.energy}
+        _tell(record, as_json, cli_text.projected)
+
+    _run(work, debug)
+
+
+def group_adapters(arguments: list[str]) -> dict[str, list[str]]:
+    """attribute -> adapters, from the words on the command line (see `build-basis --help`)."""
+    groups: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, explicit, path = argument.partition("=")
+        if explicit and not os.path.exists(argument):
+            check_attribute(name)
+            groups.setdefault(name, []).extend(_adapters_in(path) or [path])
+            continue
+        inside = _adapters_in(argument)
+        if inside:
+            groups.setdefault(check_attribute(Path(argument).resolve().name), []).extend(inside)
+        else:
+            groups.setdefault(check_attribute(_stem(argument)), []).append(argument)
+    for name, members in groups.items():
+        twice = next((m for i, m in enumerate(members) if m in members[:i]), None)
+        if twice:
+            raise BasisError(f"adapter {twice!r} is given twice for attribute {name!r}: give it once.")
+    return groups
+
+
+def _adapters_in(folder: str) -> list[str]:
+    """Adapters directly inside a folder that is no adapter itself."""
+    path = Path(folder)
+    if not path.is_dir() or (path / ADAPTER_CONFIG).exists():
+        return []
+    names = [child for child in path.iterdir() if (child / ADAPTER_CONFIG).is_file()]
+    if not names:
+        raise BasisError(f"{folder!r} holds neither an adapter ({ADAPTER_CONFIG}) nor folders of adapters.")
+    return [str(child) for child in sorted(names, key=lambda p: cli_text.natural_key(p.name))]
+
+
+def _stem(argument: str) -> str:
+    """'texture' from 'adapters/texture-0', 'user/texture_3', 'texture-1.safetensors'."""
+    path = Path(argument)
+    name = path.parent.name if path.name == "adapter_model.safetensors" else path.name
+    name = name.removesuffix(".safetensors").partition("@")[0]
+    return re.sub(r"[-_. ]?\d+$", "", name) or name
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _command(names: list[str]) -> str:
+    """The command line that made a basis, for its card; absolute paths tell only their last part."""
+    words = [Path(w).name if os.path.isabs(w) else w for w in sys.argv[1:]]
+    return shlex.join(["peft-attrsub", *words]) if words else ""
+
+
+def _tell(record: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(record, indent=1) if as_json else text(record))
+
+
+def _run(work: Callable[[], None], debug: bool) -> None:
+    """Errors are one sentence on standard error and exit code 2; --debug shows the traceback."""
+    try:
+        work()
+    except (BasisError, ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"peft-attrsub: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

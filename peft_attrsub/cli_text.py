@@ -1,0 +1,115 @@
+"""What the command prints: plans, summaries, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from .basis import Basis
+from .basis.naming import natural_key, some
+
+# An adapter counts as muted in a module where its weight is below this share of the median weight ...
+_MUTED_WEIGHT = 0.25
+# ... and is named when that is so in more than this share of the modules.
+_MUTED_MODULES = 0.5
+
+__all__ = ["built", "described", "natural_key", "plan", "projected", "summary"]
+
+
+def plan(groups: dict[str, list[str]], output: Path, dim: int, allocation: str, alpha: float) -> str:
+    """What build-basis is about to do."""
+    lines = [f"{sum(map(len, groups.values()))} adapters in {len(groups)} attributes:"]
+    width = max(map(len, groups))
+    lines += [f"  {name:<{width}}  {len(members):>3}: {some(members)}" for name, members in groups.items()]
+    lines.append(f"mining dim {dim} ({allocation}), alpha {alpha:g}, into {str(output)!r}")
+    return "\n".join(lines)
+
+
+def summary(basis: Basis) -> dict[str, Any]:
+    """Everything about a basis that fits in a JSON object, from its config and its small tensors."""
+    return {
+        "source": basis.source,
+        "base_model": basis.config.base_model,
+        "digest": basis.digest,
+        "dtype": basis.config.dtype,
+        "modules": len(basis.modules),
+        "module_names": basis.modules,
+        "attributes": [_attribute(basis, name) for name in basis.attributes],
+    }
+
+
+def _attribute(basis: Basis, name: str) -> dict[str, Any]:
+    config = next(a for a in basis.config.attributes if a.name == name)
+    dims = [basis.dim(module, name) for module in basis.modules]
+    record: dict[str, Any] = {
+        "name": name,
+        "kind": config.kind,
+        "modules": sum(d > 0 for d in dims),
+        "dim_min": min(dims),
+        "dim_max": max(dims),
+        "dim_mean": fmean(dims),
+    }
+    if not config.sources:
+        return record
+    weights = torch.stack([basis.weights(m, name) for m in basis.modules])  # [modules, k]
+    energy = torch.stack([basis.record(m, name, "energy") for m in basis.modules])
+    muted = (weights < _MUTED_WEIGHT * weights.median(1, keepdim=True).values).float().mean(0)  # [k]
+    names = [s.id for s in config.sources]
+    kept = [i for i in range(len(names)) if float(muted[i]) <= _MUTED_MODULES]
+    record |= {
+        "adapters": len(names),
+        "captured_energy": float(energy[:, kept].mean()) if kept else float(energy.mean()),
+        "iterations_median": median(config.iterations.values()) if config.iterations else None,
+        "muted": [
+            {"adapter": names[i], "share_of_modules": float(muted[i])}
+            for i in range(len(names))
+            if float(muted[i]) > _MUTED_MODULES
+        ],
+    }
+    return record
+
+
+def _table(record: dict[str, Any]) -> list[str]:
+    rows = [("attribute", "adapters", "modules", "dim", "captured energy", "muted as outliers")]
+    for a in record["attributes"]:
+        dims = f"{a['dim_min']}" if a["dim_min"] == a["dim_max"] else f"{a['dim_min']}-{a['dim_max']}"
+        energy = f"{100 * a['captured_energy']:.1f} %" if "captured_energy" in a else "-"
+        muted = ", ".join(m["adapter"] for m in a.get("muted", [])) or "-"
+        rows.append((a["name"], str(a.get("adapters", a["kind"])), str(a["modules"]), dims, energy, muted))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def built(record: dict[str, Any], output: str) -> str:
+    """The end of build-basis and combine."""
+    return "\n".join(
+        [*_table(record), f"wrote {output!r}: {record['modules']} modules, digest {record['digest'][:16]}"]
+    )
+
+
+def described(record: dict[str, Any]) -> str:
+    """The whole of info."""
+    head = [
+        f"basis       {record['source']}",
+        f"base model  {record['base_model'] or 'not recorded'}",
+        f"modules     {record['modules']}: {some(record['module_names'], 2)}",
+        f"stored as   {record['dtype']}",
+        f"digest      {record['digest']}",
+        "",
+    ]
+    return "\n".join(head + _table(record))
+
+
+def projected(record: dict[str, Any]) -> str:
+    """The whole of project: worst modules first."""
+    lines = [f"{100 * record['total_energy']:.2f} % of the LoRA's energy lies inside the basis"]
+    worst = sorted(record["energy"].items(), key=lambda item: (item[1], natural_key(item[0])))[:5]
+    width = max(len(name) for name, _ in worst)
+    lines += [f"  {name:<{width}}  {100 * share:6.2f} %" for name, share in worst]
+    if len(record["energy"]) > len(worst):
+        lines.append(f"  ... {len(record['energy']) - len(worst)} more modules above those")
+    lines.append(f"wrote {record['output']!r}")
+    return "\n".join(lines)
