@@ -154,8 +154,8 @@ class LoraAdapter:
         start = str(config.get("init_lora_weights", "")).lower()
         if start.startswith(_MOVES_WEIGHT):
             raise BasisError(
-                f"adapter {self.source!r} was initialised by {start!r}, which moves a part of the base weight into it: "
-                "convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) first."
+                f"adapter {self.source!r} was initialised by {start!r}, which moves a part of the base weight "
+                "into it: convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) first."
             )
         extras = [k for k in ("modules_to_save", "trainable_token_indices") if config.get(k)]
         extras += ["bias"] if config.get("bias", "none") != "none" else []
@@ -172,8 +172,8 @@ class LoraAdapter:
             return
         if (folder / "adapter_model.bin").is_file():
             raise BasisError(
-                f"adapter {self.source!r} is saved as a pickle (adapter_model.bin), which is not loaded because it can "
-                "run code: load it with PEFT and save it again as safetensors."
+                f"adapter {self.source!r} is saved as a pickle (adapter_model.bin), which is not loaded because it "
+                "can run code: load it with PEFT and save it again as safetensors."
             )
         raise BasisError(f"adapter {self.source!r} has no {WEIGHTS}.")
 

@@ -53,6 +53,19 @@ class AttrSubspaceModel(BaseTuner):
             else:
                 peft_config.target_modules = []
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's entry point for a new adapter; says afterwards which directions were dropped."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        lost = {name: counts for name, counts in self._provider.dropped.items() if any(counts)}
+        if lost and not self.peft_config[adapter_name].inference_mode:
+            listing = "; ".join(f"{name!r}: {a} columns of A, {b} of B" for name, (a, b) in lost.items())
+            warnings.warn(
+                "directions of the basis that earlier attributes, or the module's width, already span were "
+                f"dropped: {listing}, over all modules.",
+                stacklevel=2,
+            )
+        del self._provider  # closes the files of the basis
+
     @staticmethod
     def _check_target_module_exists(peft_config: AttrSubspaceConfig, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)

@@ -14,7 +14,7 @@ from ..basis.linalg import principal_svd
 from ..basis.naming import nearest, some
 from ..basis.weights import random_factors
 from .config import AttrSubspaceConfig
-from .factors import Bases
+from .factors import Bases, Slices
 
 
 class BasisProvider:
@@ -22,6 +22,8 @@ class BasisProvider:
 
     def __init__(self, config: AttrSubspaceConfig) -> None:
         self._config = config
+        #: attribute -> columns of A and B that earlier attributes span already, over all modules made so far.
+        self.dropped: dict[str, list[int]] = {}
         #: The basis as it was saved, and the attributes and dims of it that are used.
         self.whole: Basis | None = None
         self._basis: Basis | None = None
@@ -78,11 +80,19 @@ class BasisProvider:
             what += [config.basis, config.generated_dim, config.seed if config.basis == "random" else 0]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
+    def _count_dropped(self, module: str, slices: Slices) -> None:
+        assert self._basis is not None
+        for attribute, pair in slices.items():
+            lost = [self._basis.dim(module, attribute) - (s.stop - s.start) for s in pair]
+            held = self.dropped.setdefault(attribute, [0, 0])
+            self.dropped[attribute] = [x + y for x, y in zip(held, lost, strict=True)]
+
     def make(self, module: str, layout: ModuleLayout, weight: Tensor | None) -> Bases:
         """A and B for a module; `weight` (n x m) is needed for "psv" only."""
         config = self._config
         if self._basis is not None:
             a, b, slices = self._basis.joint(module, columns=config.columns)
+            self._count_dropped(module, slices)
             return Bases(a, b, slices, self.key(module))
         if config.basis == "random":
             u, s, v = random_factors(layout, config.generated_dim, config.seed, module)
