@@ -52,9 +52,7 @@ def save_lora(folder, factors, *, dtype=torch.float32, base_model="toy/base", ex
     for name, (B, A) in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A.to(dtype).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B.to(dtype).contiguous()
-    save_file(
-        {**tensors, **(extra_tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    save_file({**tensors, **(extra_tensors or {})}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return str(folder)
 
 
@@ -92,9 +90,7 @@ def train_zoo(folder, seed=0, targets=None, **config):
     """Adapt a Zoo with random LoRA weights, save it with PEFT; returns {module: oriented dW (n x m)}."""
     torch.manual_seed(seed)
     config.setdefault("r", 4)
-    model = get_peft_model(
-        Zoo(), LoraConfig(target_modules=targets or ZOO, init_lora_weights=False, **config)
-    )
+    model = get_peft_model(Zoo(), LoraConfig(target_modules=targets or ZOO, init_lora_weights=False, **config))
     model.save_pretrained(str(folder))
     return stock_deltas(model)
 

@@ -80,8 +80,7 @@ def test_importance_literal_is_the_printed_formula(tmp_path):
 def test_importance_budget_on_random_spectra(tmp_path_factory, seed, count, dim):
     generator = torch.Generator().manual_seed(seed)
     spectra = {
-        f"m{i}": sorted((torch.rand(12, generator=generator) ** 3 + 1e-3).tolist(), reverse=True)
-        for i in range(count)
+        f"m{i}": sorted((torch.rand(12, generator=generator) ** 3 + 1e-3).tolist(), reverse=True) for i in range(count)
     }
     folder = tmp_path_factory.mktemp("budget")
     got = dims(mine(folder, spectra, dim=dim, allocation="importance"))
@@ -89,9 +88,7 @@ def test_importance_budget_on_random_spectra(tmp_path_factory, seed, count, dim)
     assert min(got.values()) >= 1 and max(got.values()) <= 12
     mean = sum(effective_rank(s) for s in spectra.values()) / count
     order = sorted(spectra, key=lambda m: effective_rank(spectra[m]))
-    assert [got[m] for m in order] == sorted(got[m] for m in order), (
-        "more effective rank, never fewer columns"
-    )
+    assert [got[m] for m in order] == sorted(got[m] for m in order), "more effective rank, never fewer columns"
     for m, s in spectra.items():  # close to the share, but for the floor at 1 and what that floor takes away
         assert abs(got[m] - dim * effective_rank(s) / mean) <= 1 + count
 
@@ -184,9 +181,7 @@ def test_psv_of_half_precision_weights_and_bad_conditioning():
     u, s, v = psv_basis(model, 12, modules=["0"]).factors("0", "psv")
     for Q in (u, v):
         torch.testing.assert_close(Q.T @ Q, torch.eye(Q.shape[1]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        s.double(), torch.logspace(0, -4, 12, dtype=torch.float64)[: len(s)], rtol=1e-2, atol=0
-    )
+    torch.testing.assert_close(s.double(), torch.logspace(0, -4, 12, dtype=torch.float64)[: len(s)], rtol=1e-2, atol=0)
     half = psv_basis(model.to(torch.bfloat16), 3, modules=["0"])
     assert torch.isfinite(half.factors("0", "psv")[0]).all()
 
@@ -236,9 +231,7 @@ def test_random_basis_ignores_the_weights_and_the_global_seed():
     torch.random.set_rng_state(state)
     model = Zoo()
     random_basis(model, 3, seed=1, modules=["fc"])
-    assert torch.equal(torch.random.get_rng_state(), expected), (
-        "drawing a basis must not move torch's own generator"
-    )
+    assert torch.equal(torch.random.get_rng_state(), expected), "drawing a basis must not move torch's own generator"
 
 
 def test_modules_of_equal_shape_get_different_columns():

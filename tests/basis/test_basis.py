@@ -20,15 +20,11 @@ def piece(n, m, d, generator):
 def make(names, modules=None, d=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     modules = modules or {"fc": (20, 16), "proj": (12, 20)}
-    return Basis.from_factors(
-        {a: {k: piece(n, m, d, generator) for k, (n, m) in modules.items()} for a in names}
-    )
+    return Basis.from_factors({a: {k: piece(n, m, d, generator) for k, (n, m) in modules.items()} for a in names})
 
 
 def close(actual, expected, tol=1e-5):
-    torch.testing.assert_close(
-        torch.as_tensor(actual).double(), torch.as_tensor(expected).double(), rtol=0, atol=tol
-    )
+    torch.testing.assert_close(torch.as_tensor(actual).double(), torch.as_tensor(expected).double(), rtol=0, atol=tol)
 
 
 # ---- from_factors ----

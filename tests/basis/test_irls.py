@@ -87,9 +87,7 @@ def test_equals_dense_reference_on_random_sizes(tmp_path_factory, seed, k, n, m,
     adapters = [random_factors({"layer": (n, m)}, r, generator) for r in ranks]
     dim = min(dim, n, m)
     folder = tmp_path_factory.mktemp("random")
-    basis = build_basis(
-        save_many(folder, adapters), dim=dim, alpha=alpha, max_iter=3, tol=1e-14, progress=False
-    )
+    basis = build_basis(save_many(folder, adapters), dim=dim, alpha=alpha, max_iter=3, tol=1e-14, progress=False)
     dense = irls_dense(deltas(adapters, "layer"), dim, alpha=alpha, max_iter=3, tol=1e-14)
     last = dense.last_spectrum
     kept = basis.dim("layer", "shared")
@@ -108,16 +106,12 @@ def test_equals_dense_reference_on_random_sizes(tmp_path_factory, seed, k, n, m,
 )
 def test_smoothed_objective_never_rises(tmp_path_factory, seed, k, dim, alpha):
     generator = torch.Generator().manual_seed(seed)
-    adapters = [
-        random_factors({"layer": (14, 11)}, 3, generator, scale=float(1 + 4 * (i == 0))) for i in range(k)
-    ]
+    adapters = [random_factors({"layer": (14, 11)}, 3, generator, scale=float(1 + 4 * (i == 0))) for i in range(k)]
     paths = save_many(tmp_path_factory.mktemp("objective"), adapters)
     updates = deltas(adapters, "layer")
     values = []
     for iterations in range(1, 9):
-        basis = build_basis(
-            paths, dim=dim, alpha=alpha, eps=1e-3, max_iter=iterations, tol=1e-14, progress=False
-        )
+        basis = build_basis(paths, dim=dim, alpha=alpha, eps=1e-3, max_iter=iterations, tol=1e-14, progress=False)
         values.append(objective(low_rank(basis, "layer", "shared"), updates, alpha, eps=1e-3))
     assert values[0] > 0
     for before, after in itertools.pairwise(values):
@@ -160,9 +154,7 @@ def test_invariant_to_the_choice_of_factors(tmp_path):
         for name, (B, A) in adapter.items():
             r = B.shape[1]
             left, right = orthonormal(r, r, generator), orthonormal(r, r, generator)
-            G = (
-                left @ torch.diag(torch.logspace(-1, 1, r, dtype=torch.float64)) @ right
-            )  # condition number 100
+            G = left @ torch.diag(torch.logspace(-1, 1, r, dtype=torch.float64)) @ right  # condition number 100
             changed[name] = (B @ torch.linalg.inv(G), G @ A)
         rewritten.append(changed)
     first = build_basis(save_many(tmp_path / "x", adapters), dim=2, progress=False, **EXACT)
@@ -233,9 +225,7 @@ def test_nearly_equal_adapters(tmp_path, spread):
     first = random_factors(SHAPES, 3, generator)
     adapters = [
         {
-            name: tuple(
-                t + spread * torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in pair
-            )
+            name: tuple(t + spread * torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in pair)
             for name, pair in first.items()
         }
         for _ in range(3)

@@ -84,9 +84,7 @@ def test_effective_rank_of_many_adapters(tmp_path):
     half = orthonormal(100, 50, generator)
     for a in adapters:
         a["half"] = (half, half.T)
-    basis = build_basis(
-        save_many(tmp_path, adapters), dim=10, allocation="importance-literal", progress=False
-    )
+    basis = build_basis(save_many(tmp_path, adapters), dim=10, allocation="importance-literal", progress=False)
     # ER: 100, 100, 50, <= 2 of mean 63: floors 1, 1, 0, 0
     dims = {m: basis.dim(m, "shared") if m in basis.modules else 0 for m in ("layer", "wide", "half", "thin")}
     assert dims == {"layer": 10, "wide": 10, "half": 0, "thin": 0}
@@ -95,9 +93,7 @@ def test_effective_rank_of_many_adapters(tmp_path):
 def test_spectrum_reaches_beyond_twice_the_dimension(tmp_path):
     """The paper reads sigma_2d / sigma_1; a spectrum that stops before 2 d cannot show it."""
     generator = torch.Generator().manual_seed(12)
-    adapters = [
-        random_factors({"layer": (130, 120)}, 40, generator) for _ in range(4)
-    ]  # stacked rank 160 > 120
+    adapters = [random_factors({"layer": (130, 120)}, 40, generator) for _ in range(4)]  # stacked rank 160 > 120
     basis = build_basis(save_many(tmp_path, adapters), dim=40, max_iter=3, progress=False)
     for spectrum in basis.spectrum("layer", "shared"):
         assert len(spectrum) > 80

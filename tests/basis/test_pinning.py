@@ -1,4 +1,4 @@
-"""An adapter belongs to one basis: another digest, a lost folder or a damaged file is found when it is loaded."""
+"""An adapter belongs to one basis: another digest, a lost folder or a damaged file is found on loading."""
 
 import json
 import shutil
@@ -38,12 +38,20 @@ def test_it_loads_before_anything_is_broken(adapter):
     assert (load(adapter)(x) - net()(x)).abs().max() > 1e-3
 
 
+def test_the_plain_type_name_loads_too(adapter):
+    """peft_type "ATTRSUB" as PEFT's enum has it, whatever else the file may say there."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "ATTRSUB"}))
+    x = torch.randn(4, 12)
+    assert (load(adapter)(x) - net()(x)).abs().max() > 1e-3
+
+
 def test_another_basis_under_the_same_name_is_refused_naming_both(adapter):
     folder = adapter.parent / "basis"
     pinned = Basis.from_pretrained(folder).digest
     other = random_basis(net(), 3, seed=2, modules=["0", "2"])
     other.save_pretrained(folder, overwrite=True)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(BasisError) as caught:
         load(adapter)
     text = str(caught.value)
     assert pinned[:8] in text and other.digest[:8] in text and "\n" not in text.strip()

@@ -48,9 +48,7 @@ def test_dora(pair):
 
 
 def test_dora_saved_by_peft(tmp_path):
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(9, 7)), LoraConfig(r=2, target_modules=["0"], use_dora=True)
-    )
+    model = get_peft_model(nn.Sequential(nn.Linear(9, 7)), LoraConfig(r=2, target_modules=["0"], use_dora=True))
     model.save_pretrained(str(tmp_path / "dora"))
     refused([tmp_path / "dora"], "dora", "DoRA")
 
@@ -119,9 +117,7 @@ def test_target_parameters(tmp_path):
 def test_grouped_convolution_is_right_or_refused(tmp_path):
     """With groups, B @ A is not the update: each group has its own block."""
     config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
-    get_peft_model(nn.Sequential(nn.Conv2d(8, 6, 3, groups=2)), config).save_pretrained(
-        str(tmp_path / "grouped")
-    )
+    get_peft_model(nn.Sequential(nn.Conv2d(8, 6, 3, groups=2)), config).save_pretrained(str(tmp_path / "grouped"))
     model = nn.Sequential(nn.Conv2d(8, 6, 3, groups=2))
     refused([tmp_path / "grouped"], "grouped", "group", base_model=model)
 
@@ -156,9 +152,7 @@ def test_pissa_converted_by_peft_is_mined(tmp_path):
     model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, for the initial copy
     model.save_pretrained(str(tmp_path / "init2"))
     model.peft_config["default"].init_lora_weights = "pissa"
-    model.save_pretrained(
-        str(tmp_path / "done"), path_initial_model_for_weight_conversion=str(tmp_path / "init")
-    )
+    model.save_pretrained(str(tmp_path / "done"), path_initial_model_for_weight_conversion=str(tmp_path / "init"))
     after = model.merge_and_unload()[0].weight.detach().double()
     basis = build_basis([tmp_path / "done"], dim=4, progress=False)
     U, S, V = (t.double() for t in basis.factors("0", "shared"))

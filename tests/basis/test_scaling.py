@@ -69,9 +69,7 @@ def test_a_safetensors_file_and_its_folder_are_the_same_adapter(tmp_path):
     from_folder = build_basis([str(tmp_path / "a")], dim=4, progress=False)
     from_file = build_basis([str(tmp_path / "a" / "adapter_model.safetensors")], dim=4, progress=False)
     for module in ZOO:
-        torch.testing.assert_close(
-            low_rank(from_file, module, "shared"), low_rank(from_folder, module, "shared")
-        )
+        torch.testing.assert_close(low_rank(from_file, module, "shared"), low_rank(from_folder, module, "shared"))
 
 
 def test_a_path_object_is_accepted(tmp_path):
@@ -96,9 +94,7 @@ def test_only_the_saved_adapter_counts_not_its_base_weights(tmp_path):
             return None
 
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=3, target_modules=["embed_tokens", "fc"], modules_to_save=["head"], init_lora_weights=False
-    )
+    config = LoraConfig(r=3, target_modules=["embed_tokens", "fc"], modules_to_save=["head"], init_lora_weights=False)
     model = get_peft_model(Text(), config)
     model.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
     basis = build_basis([str(tmp_path / "a")], dim=3, progress=False)

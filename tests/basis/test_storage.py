@@ -215,9 +215,7 @@ def test_bfloat16(tmp_path):
     loaded = Basis.from_pretrained(tmp_path / "basis")
     assert_same(half, loaded)
     for module in full.modules:
-        for wide, narrow in zip(
-            full.factors(module, "texture"), loaded.factors(module, "texture"), strict=True
-        ):
+        for wide, narrow in zip(full.factors(module, "texture"), loaded.factors(module, "texture"), strict=True):
             assert narrow.dtype == torch.bfloat16
             torch.testing.assert_close(narrow.float(), wide, rtol=1e-2, atol=1e-2)
     assert loaded.digest == half.digest != full.digest
@@ -277,9 +275,7 @@ def test_digest_is_the_same_for_the_same_content(tmp_path):
 
 
 def raw(basis):
-    return {
-        a: {m: tuple(t.clone() for t in basis.factors(m, a)) for m in basis.modules} for a in basis.attributes
-    }
+    return {a: {m: tuple(t.clone() for t in basis.factors(m, a)) for m in basis.modules} for a in basis.attributes}
 
 
 CHANGES = {

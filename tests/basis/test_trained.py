@@ -1,4 +1,4 @@
-"""The whole path on real small transformers: stock LoRA -> basis -> cores -> disk -> fresh process -> LoRA."""
+"""The whole path on small transformers: stock LoRA -> basis -> cores -> disk -> fresh process -> LoRA."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_the_adapter_on_disk_is_only_the_cores_and_a_pointer(mined, tmp_path):
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert stored and all("attrsub_M" in key for key in stored)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "ATTRSUB"
+    assert config["peft_type"].startswith("ATTRSUB")
     assert Basis.from_pretrained(folder).digest in json.dumps(config)
     basis = Basis.from_pretrained(folder)
     for key, core in stored.items():
@@ -170,9 +170,7 @@ def test_export_of_a_saved_adapter_is_the_same(mined, tmp_path):
     assert sorted(one) == sorted(two)
     stems = sorted({k.rsplit(".lora_", 1)[0] for k in one})
     for stem in stems:
-        deltas = [
-            f[f"{stem}.lora_B.weight"].flatten(1) @ f[f"{stem}.lora_A.weight"].flatten(1) for f in (one, two)
-        ]
+        deltas = [f[f"{stem}.lora_B.weight"].flatten(1) @ f[f"{stem}.lora_A.weight"].flatten(1) for f in (one, two)]
         torch.testing.assert_close(deltas[0], deltas[1], atol=1e-6, rtol=1e-5)
 
 
