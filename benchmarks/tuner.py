@@ -1,0 +1,202 @@
+"""What does a training step cost with each adapter? Time of forward + backward, and bytes kept for the backward pass.
+
+    python benchmarks/tuner.py [--tokens 1374 4096] [--rounds 7] [--quick]
+
+A stack of transformer blocks of VGGT's size (width 1024, 16 heads, MLP 4096; no rotary embedding) on one sequence.
+The base is frozen and the input requires a gradient, so that the backward pass runs through every block, as it does
+below the top of a real network. Each contender adapts the four linears of every block, through stock PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import time
+import warnings
+
+import torch
+from _common import header, median, summary, table, write_result
+from peft import LoraConfig, PsoftConfig, VeraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from peft_attrsub import AttrSubspaceConfig
+
+TARGETS = ["qkv", "proj", "fc1", "fc2"]
+RULES = {
+    "seconds": "one forward and one backward pass; contenders in turn within a round, their order rotated; median "
+    "over rounds. ratio: median over rounds of contender / frozen base in the same round",
+    "saved_mib": "tensors that autograd keeps for the backward pass (saved-tensor hooks), every storage once and "
+    "whole; storages that exist before the step do not count: parameters, frozen bases and projections, the input",
+    "gflop": "matrix products of one step as torch's FlopCounterMode counts them; attention is left out where it does "
+    "not know the kernel, for all contenders alike",
+    "adapters": "as they are initialised by default, without dropout: a no-op costs as much as a trained adapter",
+}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale and normalised queries and keys, (T, width) -> (T, width)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_norm, self.k_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((width,), 0.1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+        )  # (heads, T, width / heads)
+        y = nn.functional.scaled_dot_product_attention(self.q_norm(q)[None], self.k_norm(k)[None], v[None])[0]
+        x = x + self.scale1 * self.proj(y.transpose(0, 1).flatten(1))
+        return x + self.scale2 * self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+def contenders(quick: bool) -> dict[str, object]:
+    """{name: PEFT config, None for the frozen base}."""
+    small, middle, large = (2, 8, 16) if quick else (16, 64, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: dict[str, object] = {"frozen base": None}
+        found |= {f"LoRA r={r}": LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS) for r in (small, middle, large)}
+        found[f"VeRA r={large}"] = VeraConfig(r=large, target_modules=TARGETS)
+        found[f"PSOFT r={middle}"] = PsoftConfig(
+            r=middle, psoft_alpha=middle, target_modules=TARGETS, psoft_svd="lowrank"
+        )
+        found |= {
+            f"attrsub D={d}": AttrSubspaceConfig(basis="random", dim=d, target_modules=TARGETS)
+            for d in (2 * small, middle, large)
+        }
+    return found
+
+
+def build(stack: nn.Module, config: object) -> nn.Module:
+    model = copy.deepcopy(stack)
+    return model if config is None else get_peft_model(model, config)
+
+
+def step(model: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, float]:
+    """Seconds of forward and of backward; gradients are dropped afterwards."""
+    start = time.perf_counter()
+    y = model(x)
+    between = time.perf_counter()
+    y.backward(upstream)
+    end = time.perf_counter()
+    for leaf in (x, *model.parameters()):
+        leaf.grad = None
+    return between - start, end - between
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps between forward and backward, by the rule in RULES."""
+    gc.collect()
+    before = {
+        t.untyped_storage().data_ptr()
+        for t in gc.get_objects()
+        if issubclass(type(t), Tensor) and t.device.type != "meta"
+    }
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in before:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    del y
+    return sum(kept.values())
+
+
+def flops(model: nn.Module, x: Tensor, upstream: Tensor) -> int:
+    """Floating-point operations of the matrix products in one step: what no other program can disturb."""
+    with FlopCounterMode(display=False) as counter:
+        step(model, x, upstream)
+    return counter.get_total_flops()
+
+
+def measure(tokens: int, depth: int, rounds: int, args: argparse.Namespace) -> dict:
+    torch.manual_seed(args.seed)
+    width, heads = (32, 2) if args.quick else (1024, 16)
+    stack = nn.Sequential(*(Block(width, heads) for _ in range(depth))).requires_grad_(False)
+    x = torch.randn(tokens, width, requires_grad=True)
+    upstream = torch.randn(tokens, width) / tokens
+    models = {name: build(stack, config) for name, config in contenders(args.quick).items()}
+    saved = {name: saved_bytes(model, x) for name, model in models.items()}
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    names = list(models)
+    work = {name: flops(model, x, upstream) for name, model in models.items()}  # warms up, too
+    for round_ in range(rounds):
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
+            seen[name].append(step(models[name], x, upstream))
+        print(f"{tokens} tokens: round {round_ + 1} of {rounds}", flush=True)
+    total = {name: [f + b for f, b in pairs] for name, pairs in seen.items()}
+    base = total["frozen base"]
+    rows = {
+        name: {
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "saved_mib": round(saved[name] / 2**20, 3),
+            "saved_over_base_mib": round((saved[name] - saved["frozen base"]) / 2**20, 3),
+            "gflop": round(work[name] / 1e9, 3),
+            "gflop_ratio": round(work[name] / work["frozen base"], 4),
+            "forward_seconds": summary(f for f, _ in seen[name]),
+            "backward_seconds": summary(b for _, b in seen[name]),
+            "seconds": summary(total[name]),
+            "ratio": round(median(t / b for t, b in zip(total[name], base, strict=True)), 4),
+        }
+        for name, model in models.items()
+    }
+    return {"tokens": tokens, "blocks": depth, "width": width, "heads": heads, "contenders": rows}
+
+
+def show(case: dict) -> None:
+    timed = ("forward_seconds", "backward_seconds", "seconds")
+    rows = [
+        [name, r["trainable_parameters"], r["saved_mib"], r["saved_over_base_mib"]]
+        + [1000 * r[key]["median"] for key in timed]
+        + [r["ratio"], r["gflop_ratio"]]
+        for name, r in case["contenders"].items()
+    ]
+    columns = [
+        "",
+        "trainable",
+        "saved MiB",
+        "over base",
+        "forward ms",
+        "backward ms",
+        "step ms",
+        "/ base",
+        "flop / base",
+    ]
+    table(f"{case['blocks']} block(s) of width {case['width']}, {case['tokens']} tokens", columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1374, 4096])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--quick", action="store_true", help="toy sizes: shows that the script works, measures nothing"
+    )
+    parser.add_argument("--output", help="JSON file; default results/tuner.json, and none with --quick")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.rounds = [12], 2
+    result = header("tuner", args.seed, args.quick, rounds=args.rounds, targets=TARGETS, dtype="float32", device="cpu")
+    # Two blocks, so that the backward pass of the upper one feeds the lower; one where a step takes seconds.
+    result["cases"] = [measure(tokens, 2 if tokens < 2048 else 1, args.rounds, args) for tokens in args.tokens]
+    result["rules"] = RULES
+    for case in result["cases"]:
+        show(case)
+    write_result(result, "tuner", args.output, args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The benchmarks run and report every field. Toy sizes: no time is looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+HEADER = {"benchmark", "date", "seed", "quick", "machine", "versions", "settings", "rules"}
+MACHINE = {"cpu", "cores", "ram_gib", "system", "torch_threads", "load_at_start"}
+STATISTICS = {"median", "min", "max", "rounds"}
+FIELDS = {
+    "build_basis": {
+        "adapters",
+        "iterations",
+        "contenders",
+        "difference_from_dense",
+        "errors",
+        "errors_all_modules",
+        "error_study",
+        "scaling",
+        "targets",
+    },
+    "tuner": {"cases"},
+}
+
+
+def run(name: str, *arguments: str) -> str:
+    """Standard output of one benchmark in toy size, with this checkout in front of anything installed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_header(result: dict[str, Any], name: str) -> None:
+    assert result.keys() >= HEADER | FIELDS[name]
+    assert result["benchmark"] == name
+    assert result["machine"].keys() == MACHINE
+    assert result["versions"].keys() >= {"python", "torch", "peft", "safetensors", "peft_attrsub"}
+
+
+def texts(value: Any) -> list[str]:
+    """Every string in a JSON value, keys included."""
+    if isinstance(value, dict):
+        return [t for key, inner in value.items() for t in (key, *texts(inner))]
+    if isinstance(value, list):
+        return [t for inner in value for t in texts(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a module of the folder as the scripts do."""
+
+    def find(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        return __import__(name)
+
+    return find
+
+
+def test_build_basis_runs(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "result.json"
+    printed = run("build_basis", "--output", str(output), "--work-dir", str(tmp_path / "adapters"))
+    result = json.loads(output.read_text())
+    check_header(result, "build_basis")
+    assert result["quick"] is True
+    for name in ("ours", "read_only_warm", "read_only_cold", "dense"):
+        row = result["contenders"][name]
+        assert row["seconds"]["median"] > 0
+        assert row.keys() >= {"cpu_seconds", "peak_rss_mib", "peak_anon_mib", "times_ours"}
+        assert row["extrapolated"] is (name == "dense")
+    assert result["contenders"]["ours"]["seconds"].keys() == STATISTICS
+    # The dense form is the same algorithm written down twice: the two must agree, at any size.
+    assert all(gap < 1e-4 for gap in result["difference_from_dense"].values())
+    assert len(result["difference_from_dense"]) == 4
+    for peer in ("vlora", "lorashare"):
+        assert result["contenders"][peer] == "not installed" or result["contenders"][peer]["seconds"]["median"] > 0
+    assert all(0 < row["error"] <= row["worst"] <= 1 for row in result["error_study"] if row["contender"] == "ours")
+    assert {axis: len(lines) for axis, lines in result["scaling"].items()} == {"k": 3, "m": 2}
+    assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
+    assert "Targets" in printed
+
+
+def test_tuner_runs(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run("tuner", "--output", str(output))
+    result = json.loads(output.read_text())
+    check_header(result, "tuner")
+    (case,) = result["cases"]
+    rows = case["contenders"]
+    assert [name.split()[0] for name in rows] == ["frozen", *["LoRA"] * 3, "VeRA", "PSOFT", *["attrsub"] * 3]
+    for name, row in rows.items():
+        for key in ("forward_seconds", "backward_seconds", "seconds"):
+            assert row[key].keys() == STATISTICS
+        assert row["ratio"] > 0
+        assert (row["trainable_parameters"] > 0) is (name != "frozen base")
+    # A core keeps tokens x D for its gradient, per linear; LoRA keeps its input of tokens x m as well.
+    assert rows["frozen base"]["saved_over_base_mib"] == 0
+    assert 0 < rows["attrsub D=16"]["saved_over_base_mib"] < rows["LoRA r=16"]["saved_over_base_mib"]
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_published_results_are_whole_and_name_no_machine(name: str) -> None:
+    text = (BENCHMARKS / "results" / f"{name}.json").read_text()
+    result = json.loads(text)
+    check_header(result, name)
+    assert result["quick"] is False
+    assert socket.gethostname() not in text
+    assert not [t for t in texts(result) if t.startswith(("/", "~")) or "://" in t]
+
+
+def test_shapes_are_those_of_vggt(module: Any) -> None:
+    shapes = list(module("_adapters").vggt_shapes().values())
+    assert {shape: shapes.count(shape) for shape in shapes} == {
+        (1024, 3072): 48,
+        (1024, 1024): 48,
+        (1024, 4096): 48,
+        (4096, 1024): 48,
+    }
+
+
+def test_error_from_factors_equals_the_dense_one(module: Any) -> None:
+    b, a, p, q = torch.randn(9, 3), torch.randn(3, 7), torch.randn(9, 2), torch.randn(2, 7)
+    dense = torch.linalg.matrix_norm(b @ a - p @ q) / torch.linalg.matrix_norm(b @ a)
+    assert module("_contenders").relative_error(b, a, p, q) == pytest.approx(float(dense), rel=1e-5)
+
+
+def test_adapters_have_the_same_updates_in_any_gauge(module: Any) -> None:
+    adapters = module("_adapters")
+    products = {}
+    for fixture in ("shared", "aligned-factors"):
+        a, b = adapters.factors("blocks.0.fc", (12, 10), 1, fixture, 4, 0)
+        products[fixture] = b @ a
+    torch.testing.assert_close(*products.values())
