@@ -187,11 +187,15 @@ def group_adapters(arguments: list[str]) -> dict[str, list[str]]:
             check_attribute(name)
             groups.setdefault(name, []).extend(_adapters_in(path) or [path])
             continue
+        if os.path.exists(argument):
+            argument = os.path.normpath(argument)
         inside = _adapters_in(argument)
-        if inside:
-            groups.setdefault(check_attribute(Path(argument).resolve().name), []).extend(inside)
-        else:
-            groups.setdefault(check_attribute(_stem(argument)), []).append(argument)
+        name = Path(argument).resolve().name if inside else _stem(argument)
+        try:
+            check_attribute(name)
+        except BasisError as error:
+            raise BasisError(f"{error} Say it outright: attribute={argument}") from None
+        groups.setdefault(name, []).extend(inside or [argument])
     for name, members in groups.items():
         twice = next((m for i, m in enumerate(members) if m in members[:i]), None)
         if twice:

@@ -57,6 +57,10 @@ class LoraEntry:
     layout: ModuleLayout
 
 
+class _Unusable(Exception):
+    """This module's LoRA is no low-rank matrix."""
+
+
 class LoraAdapter:
     """A saved LoRA adapter. Opening reads the config and the names; `read` reads one module.
 
@@ -78,6 +82,8 @@ class LoraAdapter:
             self.path = folder / WEIGHTS
         self.config = self._read_config(folder)
         self._check_weights(folder)
+        #: Modules whose LoRA cannot be mined, and why; an error only where such a module is asked for.
+        self.unusable: dict[str, str] = {}
         self._handle: Any = None
         self._depth = 0
         with self:
@@ -145,6 +151,8 @@ class LoraAdapter:
             config = json.loads(path.read_text())
         except ValueError as error:
             raise BasisError(f"{str(path)!r} is not valid JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise BasisError(f"{str(path)!r} holds {config!r}, expected the JSON object that PEFT saves.")
         kind = str(config.get("peft_type")).upper().rpartition(".")[2]
         if kind != "LORA":
             raise BasisError(f"adapter {self.source!r} is of PEFT type {kind!r}: a basis is mined from LORA adapters.")
@@ -189,7 +197,12 @@ class LoraAdapter:
                     if stem + partner not in keys:
                         raise BasisError(f"adapter {self.source!r} has {key!r} but lacks {stem + partner!r}.")
                     name = strip_peft_prefix(stem)
-                    entries[name] = self._entry(name, key, stem + partner, embedding)
+                    try:
+                        entries[name] = self._entry(name, key, stem + partner, embedding)
+                    except _Unusable as reason:
+                        self.unusable[name] = str(reason)
+        if not entries and self.unusable:
+            raise BasisError(next(iter(self.unusable.values())))
         if not entries:
             raise BasisError(f"adapter {self.source!r} holds no LoRA tensors (found {some(sorted(keys))}).")
         return entries
@@ -202,8 +215,12 @@ class LoraAdapter:
                 f"adapter {self.source!r}, module {name!r}: shapes {shape_a}, {shape_b} are no LoRA factors."
             )
         rank = shape_a[0]
-        if shape_b[1] != rank:
+        if shape_b[1] != rank and len(shape_a) == 2:
             raise BasisError(
+                f"adapter {self.source!r}, module {name!r}: lora_A {shape_a} and lora_B {shape_b} differ in rank."
+            )
+        if shape_b[1] != rank:
+            raise _Unusable(
                 f"adapter {self.source!r}, module {name!r}: factors {shape_a} and {shape_b} belong to a grouped "
                 "convolution, whose LoRA is not one low-rank matrix; leave the module out with modules=."
             )

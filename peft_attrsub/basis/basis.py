@@ -19,7 +19,19 @@ from .files import atomic_folder, fetch
 from .joint import check_columns, orthonormalise, spectral_weights
 from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
-from .storage import FACTORS, INDEX_NAME, RECORDS, TENSORS_NAME, FileStore, MemoryStore, Store, tensor_hash
+from .storage import (
+    CHUNK,
+    FACTORS,
+    INDEX_NAME,
+    RECORDS,
+    TENSORS_NAME,
+    FileStore,
+    MemoryStore,
+    Store,
+    chunk_hashes,
+    read_records,
+    tensor_hash,
+)
 
 _PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,6 +47,7 @@ class _Block:
     name: str
     dim: int
     stored: int
+    hashes: tuple[str, ...] | list[str] = ()
 
 
 class Basis:
@@ -83,7 +96,7 @@ class Basis:
     def factors(self, module: str, attribute: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (n x d), S (d), V (m x d), columns by falling singular value."""
         ut, s, vt = self._stored(module, attribute)
-        return ut.T, s, vt.T
+        return ut.T.contiguous(), s, vt.T.contiguous()
 
     def spectrum(self, module: str, attribute: str) -> tuple[Tensor, Tensor]:
         """Singular values of C (paper, section 3.3) at the first and at the last IRLS iteration."""
@@ -117,9 +130,9 @@ class Basis:
         """
         check_columns(columns)
         chosen = self.select(attributes, dim) if attributes is not None or dim is not None else self
-        factors = {a: chosen.factors(module, a) for a in chosen.attributes}
-        left = orthonormalise({a: u for a, (u, _, _) in factors.items()})
-        right = orthonormalise({a: v for a, (_, _, v) in factors.items()})
+        factors = {a: chosen._stored(module, a) for a in chosen.attributes}
+        left = orthonormalise({a: ut.T for a, (ut, _, _) in factors.items()})
+        right = orthonormalise({a: vt.T for a, (_, _, vt) in factors.items()})
         a, b = left.q, right.q
         if columns == "spectral":
             spectra = {name: s for name, (_, s, _) in factors.items()}
@@ -204,14 +217,13 @@ class Basis:
                 raise BasisError(f"attribute {attribute!r} covers other modules than the first: {some(difference)}.")
             for module in names:
                 u, s, v = row[module]
+                _check_factors(f"attribute {attribute!r}, module {module!r}", u, s, v)
                 layout = (layouts or {}).get(module) or ModuleLayout("linear", u.shape[0], v.shape[0])
                 if (u.shape[0], v.shape[0]) != shapes.setdefault(module, layout).shape:
                     raise BasisError(
                         f"attribute {attribute!r} has shape {(u.shape[0], v.shape[0])} in module {module!r}, "
                         f"another one {shapes[module].shape}."
                     )
-                if not u.shape[1] == s.shape[0] == v.shape[1]:
-                    raise BasisError(f"attribute {attribute!r}, module {module!r}: U, S and V differ in d.")
                 for part, value in zip(FACTORS, (u.T, s, v.T), strict=True):
                     tensors[f"{attribute}.{module}.{part}"] = value.detach().to("cpu", dtype).contiguous()
         config = BasisConfig(
@@ -231,36 +243,39 @@ class Basis:
         A basis that was saved carries it; else it is computed once.
         """
         if self._digest is None:
-            self._digest = self.config.digest or self._compute_digest(self._hash)
+            self._digest = self._compute_digest(self._hashes)
         return self._digest
 
     def verify(self) -> None:
         """Read every tensor and compare with the recorded digest; a BasisError names what is damaged."""
         self._checked.clear()
+        for attribute in self.attributes:
+            for module in self.modules:
+                self._stored(module, attribute)
+                block, known = self._block(module, attribute), self._record(attribute).record_hashes.get(module)
+                if known and tensor_hash(read_records(block.store, block.name)) != known:
+                    raise BasisError(_corrupted(attribute, module))
+        self._check_digest()
 
-        def fresh(module: str, attribute: str) -> str:
-            parts = dict(zip(FACTORS, self._stored(module, attribute), strict=True))
-            return tensor_hash(parts)
-
-        found = self._compute_digest(fresh)
-        if self.config.digest and found != self.config.digest:
+    def _check_digest(self) -> None:
+        if self.config.digest and self.digest != self.config.digest:
             raise BasisError(
-                f"basis {self.source!r} has digest {found}, its config says {self.config.digest}: "
-                "it was changed after it was saved."
+                f"the basis {self.source!r} has digest {self.digest}, its config says {self.config.digest}: "
+                "it was changed after it was saved; copy or build it again."
             )
 
-    def _compute_digest(self, hash_of: Callable[[str, str], str]) -> str:
+    def _compute_digest(self, hash_of: Callable[[str, str], list[str]]) -> str:
         digest = hashlib.sha256(b"peft_attrsub basis 1\n")
         for module, layout in self.config.modules.items():
             digest.update(f"{module} {json.dumps(layout.to_dict(), sort_keys=True)}\n".encode())
         for attribute in self.attributes:
             for module in self.modules:
-                digest.update(f"{attribute} {module} {hash_of(module, attribute)}\n".encode())
+                digest.update(f"{attribute} {module} {' '.join(hash_of(module, attribute))}\n".encode())
         return digest.hexdigest()
 
-    def _hash(self, module: str, attribute: str) -> str:
+    def _hashes(self, module: str, attribute: str) -> list[str]:
         known = self._record(attribute).hashes.get(module)
-        return known or tensor_hash(dict(zip(FACTORS, self._stored(module, attribute), strict=True)))
+        return chunk_hashes(*self._stored(module, attribute)) if known is None else known
 
     # Disk and Hub
 
@@ -302,7 +317,9 @@ class Basis:
         except ValueError as error:
             raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
         config = BasisConfig.from_dict(record, str(path))
-        return cls(config, _index(config, FileStore(folder)), source=os.fspath(name), revision=commit)
+        basis = cls(config, _index(config, FileStore(folder)), source=os.fspath(name), revision=commit)
+        basis._check_digest()
+        return basis
 
     # Python's own
 
@@ -342,17 +359,14 @@ class Basis:
     def _stored(self, module: str, attribute: str) -> tuple[Tensor, Tensor, Tensor]:
         """Ut (d x n), S (d), Vt (d x m)."""
         block = self._block(module, attribute)
-        rows = None if block.dim == block.stored else block.dim
+        # Whole chunks are read, because it is chunks that carry a hash.
+        rows = min(-(-block.dim // CHUNK) * CHUNK, block.stored)
         ut, s, vt = (block.store.get(f"{block.name}.{part}", rows) for part in FACTORS)
-        expected = self._record(attribute).hashes.get(module)
-        if rows is None and expected and block.name not in self._checked:
-            if tensor_hash(dict(zip(FACTORS, (ut, s, vt), strict=True))) != expected:
-                raise BasisError(
-                    f"the basis is corrupted: attribute {attribute!r}, module {module!r} does not match its sha256; "
-                    "copy or build it again."
-                )
+        if block.hashes and block.name not in self._checked:
+            if chunk_hashes(ut, s, vt) != block.hashes[: -(-rows // CHUNK)]:
+                raise BasisError(_corrupted(attribute, module))
             self._checked.add(block.name)
-        return ut, s, vt
+        return ut[: block.dim], s[: block.dim], vt[: block.dim]
 
 
 def check_dims(dim: Dim, attributes: Sequence[str]) -> Callable[[str], int | None]:
@@ -379,13 +393,30 @@ def _index(config: BasisConfig, store: Store) -> dict[str, dict[str, _Block]]:
                     f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has shapes {shapes}, "
                     f"expected (d, {layout.n}), (d,), (d, {layout.m})."
                 )
-            row[module] = _Block(store, name, d, d)
+            row[module] = _Block(store, name, d, d, attribute.hashes.get(module, ()))
         blocks[attribute.name] = row
     return blocks
 
 
-def _kept_hashes(record: AttributeRecord, row: dict[str, _Block]) -> dict[str, str]:
-    return {m: record.hashes[m] for m, b in row.items() if b.dim == b.stored and m in record.hashes}
+def _kept_hashes(record: AttributeRecord, row: dict[str, _Block]) -> dict[str, list[str]]:
+    """Hashes that still hold for the directions in use: those of whole chunks."""
+    whole = {m: b for m, b in row.items() if (b.dim == b.stored or b.dim % CHUNK == 0) and m in record.hashes}
+    return {m: record.hashes[m][: -(-b.dim // CHUNK)] for m, b in whole.items()}
+
+
+def _corrupted(attribute: str, module: str) -> str:
+    return (
+        f"the basis is corrupted: attribute {attribute!r}, module {module!r} does not match its sha256; "
+        "copy or build it again."
+    )
+
+
+def _check_factors(where: str, u: Tensor, s: Tensor, v: Tensor) -> None:
+    if (u.dim(), s.dim(), v.dim()) != (2, 1, 2) or not u.shape[1] == s.shape[0] == v.shape[1]:
+        shapes = tuple(u.shape), tuple(s.shape), tuple(v.shape)
+        raise BasisError(f"{where}: U, S, V have shapes {shapes}, expected (n, d), (d,), (m, d).")
+    if not all(bool(torch.isfinite(t).all()) for t in (u, s, v)):
+        raise BasisError(f"{where}: U, S or V holds NaN or inf.")
 
 
 def _check_same_model(first: Basis, other: Basis) -> None:

@@ -70,7 +70,7 @@ def build_basis(
         dtype: of the stored factors, float32 or bfloat16; inside it is float64.
         modules: restrict to these names. on_missing: "error", or "intersect" to keep the modules that all
             adapters share.
-        progress: show a bar.
+        progress: show a bar, where standard error is a terminal.
 
     Under `accelerate launch` the modules are split over the processes, and every process returns the whole.
 
@@ -85,7 +85,7 @@ def build_basis(
     if isinstance(base_model, nn.Module):
         name = name or getattr(base_model, "name_or_path", None) or None
     layouts = common_modules(flat, modules, on_missing)
-    job = _Job(opened, layouts, settings, torch.device(device or "cpu"), progress)
+    job = _Job(opened, layouts, settings, _device(device), progress)
     dims: dict[str, Mapping[str, Dimension]] = {}
     for attribute in opened:
         if rule in ("importance", "importance-literal"):
@@ -103,6 +103,8 @@ def build_basis(
     records = []
     for attribute, row in opened.items():
         found = job.mine(attribute, dims[attribute])
+        if not any(x.first.numel() for x in found.values()):
+            raise BasisError(f"every update of attribute {attribute!r} is zero: its adapters were never trained.")
         factors[attribute] = {m: (x.u, x.s, x.v) for m, x in found.items()}
         for module, x in found.items():
             parts = {
@@ -167,7 +169,7 @@ class _Job:
         names, main = process_share(list(self.layouts))
         chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
         found: dict[str, T] = {}
-        bar = tqdm(total=len(names), desc=title, unit="module", disable=not (self.progress and main))
+        bar = tqdm(total=len(names), desc=title, unit="module", disable=None if self.progress and main else True)
 
         def run(chunk: list[str]) -> dict[str, T]:
             # Each worker opens the files anew, so that pages of modules gone by are let go.
@@ -227,6 +229,16 @@ def _open(adapters: Adapters) -> dict[str, list[LoraAdapter]]:
             raise BasisError(f"attribute {attribute!r} has no adapters: give at least one folder.")
         opened[attribute] = [LoraAdapter(source) for source in sources]
     return opened
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or "cpu")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BasisError(f"device={str(name)!r} cannot be used here: {reason}") from error
+    return device
 
 
 def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtype: torch.dtype) -> IrlsSettings:

@@ -28,7 +28,8 @@ class AttributeRecord:
 
     kind: "adapters" (mined), "psv", "random" or "factors" (given in memory). sources: the adapters in the
     order of the weight tensors. dim, allocation, alpha, eps, max_iter, tol: the settings of `build_basis`.
-    iterations: of IRLS, by module. hashes: sha256 of U, S, V by module.
+    iterations: of IRLS, by module. hashes: of U, S, V by module, one sha256 for every 16 directions;
+    record_hashes: one for the spectra, weights, residuals and energies.
     """
 
     name: str
@@ -42,7 +43,8 @@ class AttributeRecord:
     tol: float | None = None
     seed: int | None = None
     iterations: dict[str, int] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, list[str]] = field(default_factory=dict)
+    record_hashes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

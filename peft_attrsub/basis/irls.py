@@ -16,7 +16,8 @@ that is no longer small, and `matrix_free` takes over.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from .matrix_free import leading_svd
 
 # Up to this stacked rank a full SVD of the core costs less than finding its leading part.
 _FULL_SVD = 256
+
+# Rows of the larger side worked on at a time, so that C is never whole.
+_SLAB = 512
 
 Dimension = int | Callable[[Tensor], int]
 
@@ -65,8 +69,8 @@ class SharedSubspace:
 
     def cast(self, dtype: torch.dtype) -> SharedSubspace:
         """The same on the CPU in `dtype`."""
-        fields = self.__dict__
-        return SharedSubspace(**{k: v.to("cpu", dtype) if isinstance(v, Tensor) else v for k, v in fields.items()})
+        tensors: dict[str, Any] = {k: v.to("cpu", dtype) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def shared_subspace(
@@ -248,7 +252,14 @@ class _Operator:
         return u, s, v
 
     def spectrum(self, weights: Tensor) -> Tensor:
-        return self._solve(weights, min(64, *self.shape))[1]
+        """All min(n, m) singular values, from the Gram matrix of the smaller side, summed in slabs."""
+        small, large = (self._p, self._q) if self.shape[0] <= self.shape[1] else (self._q, self._p)
+        weighted = small * weights.repeat_interleave(self._columns)
+        gram = weighted.new_zeros(small.shape[0], small.shape[0])
+        for rows in large.split(_SLAB):
+            slab = weighted @ rows.T
+            gram.addmm_(slab, slab.T)
+        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
     def leading(self, weights: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, v = self._solve(weights, max(d, 1))

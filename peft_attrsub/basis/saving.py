@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, BasisConfig
 from .errors import BasisError
-from .storage import FACTORS, INDEX_NAME, RECORDS, TENSORS_NAME, tensor_hash
+from .storage import FACTORS, INDEX_NAME, TENSORS_NAME, chunk_hashes, read_records, tensor_hash
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -30,15 +30,18 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
     tensors: dict[str, Tensor] = {}
     records = []
     for attribute in basis.config.attributes:
-        hashes = {}
+        hashes, record_hashes = {}, {}
         for module in basis.modules:
             factors = dict(zip(FACTORS, basis._stored(module, attribute.name), strict=True))
             factors = {k: v.to(dtype or v.dtype).contiguous() for k, v in factors.items()}
-            hashes[module] = tensor_hash(factors)
+            hashes[module] = chunk_hashes(*factors.values())
+            block = basis._block(module, attribute.name)
+            kept = read_records(block.store, block.name)
+            if kept:
+                record_hashes[module] = tensor_hash(kept)
             name = f"{attribute.name}.{module}"
-            tensors.update({f"{name}.{part}": value for part, value in factors.items()})
-            tensors.update(_records(basis, module, attribute.name))
-        records.append(replace(attribute, hashes=hashes))
+            tensors.update({f"{name}.{part}": value for part, value in (factors | kept).items()})
+        records.append(replace(attribute, hashes=hashes, record_hashes=record_hashes))
     name = str(dtype).removeprefix("torch.") if dtype else basis.config.dtype
     config = replace(basis.config, attributes=records, dtype=name, digest=None, library_version=_version())
     config.digest = type(basis)(config, basis._blocks).digest
@@ -52,12 +55,6 @@ def _version() -> str | None:
         return importlib.metadata.version("peft-attrsub")
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _records(basis: Basis, module: str, attribute: str) -> dict[str, Tensor]:
-    block = basis._block(module, attribute)
-    names = {part: f"{block.name}.{part}" for part in RECORDS}
-    return {f"{attribute}.{module}.{p}": block.store.get(n) for p, n in names.items() if n in block.store}
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:

@@ -28,6 +28,10 @@ def common_modules(
     """Layouts of the modules to mine, in natural order; all adapters must agree on them."""
     if on_missing not in ("error", "intersect"):
         raise BasisError(f"on_missing={on_missing!r} is unknown: use 'error' or 'intersect'.")
+    for adapter in adapters:
+        for name, reason in adapter.unusable.items():
+            if chosen is None or name in chosen:
+                raise BasisError(reason)
     every = set().union(*(a.entries for a in adapters))
     shared = set.intersection(*(set(a.entries) for a in adapters))
     wanted = every

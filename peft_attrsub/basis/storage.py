@@ -26,6 +26,8 @@ from .errors import BasisError
 
 FACTORS = ("Ut", "S", "Vt")
 RECORDS = ("first", "last", "weights", "residuals", "energy")
+# Directions per sha256.
+CHUNK = 16
 TENSORS_NAME = "basis.safetensors"
 INDEX_NAME = "basis.safetensors.index.json"
 
@@ -115,6 +117,19 @@ class FileStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
+
+
+def chunk_hashes(ut: Tensor, s: Tensor, vt: Tensor) -> list[str]:
+    """One sha256 for every CHUNK directions, so that a basis read in part is checked in part."""
+    parts = dict(zip(FACTORS, (ut, s, vt), strict=True))
+    starts = range(0, s.shape[0], CHUNK)
+    return [tensor_hash({k: v[i : i + CHUNK] for k, v in parts.items()}) for i in starts]
+
+
+def read_records(store: Store, name: str) -> dict[str, Tensor]:
+    """The records of one subspace that are there, by part."""
+    names = {part: f"{name}.{part}" for part in RECORDS}
+    return {part: store.get(full) for part, full in names.items() if full in store}
 
 
 def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
