@@ -9,12 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_attrsub import AttrSubspaceConfig, Basis
+
+# Some things that are PEFT's own doing came with 0.21, e.g. that it no longer takes every name that holds the
+# prefix for a part of the adapter.
+PEFT_021 = Version(peft.__version__) >= Version("0.21")
 
 
 class Mlp(nn.Module):
@@ -199,7 +205,7 @@ CASES = [
     Case("mlp-scaled-dropped", Mlp, X, {"target_modules": ["up"], "scaling": 2.5, "dropout": 0.2}),
     Case("mlp-excluded", Mlp, X, {"target_modules": "all-linear", "exclude_modules": ["down"]}),
     Case("shared-names", SharedNames, X, {"target_modules": ["proj"]}),
-    Case("prefix-in-names", PrefixNamed, X, {"target_modules": ["up", "attrsub_head"]}),
+    Case("mlp-spectral-blocks", Mlp, X, {"columns": "spectral", "core": "block_diagonal"}),
     Case("stack-layer-1", Stack, X, {"target_modules": ["up", "down"], "layers_to_transform": 1}),
     Case("gpt-conv1d", TokenModel, IDS, {"target_modules": ["mix"], "fan_in_fan_out": True}),
     Case("embedding", TokenModel, IDS, {"target_modules": ["tokens"]}),
@@ -220,6 +226,10 @@ CASES = [
     Case("conv3d-and-head", VOLUME_NET, VOLUME, {"target_modules": ["conv", "head"]}),
     Case("conv3d-1x1", _conv(lambda: nn.Conv3d(3, 7, 1), 3, 5, 5, 5), VOLUME, {"target_modules": ["conv"]}),
 ]
+PREFIXED = Case("prefix-in-names", PrefixNamed, X, {"target_modules": ["up", "attrsub_head"]})
+if PEFT_021:
+    CASES.append(PREFIXED)
+BY_NAME = {case.name: case for case in CASES}
 GROUPED = [
     Case(
         "conv1d-groups",

@@ -14,10 +14,8 @@ from peft.utils import PeftType
 
 from peft_attrsub import AttrSubspaceConfig
 
-from .checks import cores, every_basis, every_case, layers, no_warning, run, same
-from .models import BASES, CASES, MLP, Case, PrefixNamed, X, pair
-
-BY_NAME = {case.name: case for case in CASES}
+from .checks import cores, every_basis, every_case, layers, no_warning, run, same, since_peft_021
+from .models import BASES, BY_NAME, MLP, PREFIXED, pair
 
 
 @every_basis
@@ -171,9 +169,10 @@ def test_other_names_do_not_warn():
         run(model, MLP)
 
 
+@since_peft_021
 def test_a_base_model_with_the_prefix_in_its_names(tmp_path):
-    case = Case("prefixed", PrefixNamed, X, {"target_modules": ["up"]})
-    model = case.peft("random", init_weights=False)
+    case = PREFIXED
+    model = case.peft("random", target_modules=["up"], init_weights=False)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
         "base_model.model.attrsub_trunk.up.attrsub_M.default"
     ]

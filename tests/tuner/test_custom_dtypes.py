@@ -9,7 +9,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .checks import base_weights, cores, deltas, every_basis, every_case, layers, loss, no_warning, run, same
-from .models import BASES, CASES, MLP
+from .models import BASES, BY_NAME, MLP
 
 HALVES = [torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -60,8 +60,9 @@ def test_a_new_adapter_is_a_no_op_in_half_precision(case, basis, dtype):
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [MLP, CASES[6], CASES[16], CASES[20]], ids=str)
-def test_the_dtype_of_the_cores(case, dtype, autocast, low_cpu_mem_usage, tmp_path):
+@pytest.mark.parametrize("name", ["mlp", "mlp-saved-head", "embedding-and-conv1d", "conv2d"])
+def test_the_dtype_of_the_cores(name, dtype, autocast, low_cpu_mem_usage, tmp_path):
+    case = BY_NAME[name]
     expected = torch.float32 if autocast else dtype
 
     def dtypes(model, adapter):

@@ -18,6 +18,7 @@ from .checks import (
     learn,
     run,
     same,
+    since_peft_021,
 )
 from .models import AFFINE, MLP, STACK, pair
 
@@ -154,6 +155,7 @@ def test_partly_overlapping_targets_are_active_everywhere():
             assert all(layer.active_adapters == [name] for layer in layers(model).values())
 
 
+@since_peft_021
 def test_a_taken_name_is_refused():
     model = MLP.peft("random", init_weights=False)
     config, before = model.peft_config["default"], copy.deepcopy(model.state_dict())

@@ -15,10 +15,9 @@ import torch
 from peft import PeftModel
 
 from .checks import cores, deltas, every_basis, every_case, layers, learn, loss, run, same, trainable
-from .models import BASES, CASES, MLP, STACK, mined, pair
+from .models import BASES, BY_NAME, MLP, STACK, mined, pair
 
 ROOT = Path(__file__).resolve().parents[2]
-BY_NAME = {case.name: case for case in CASES}
 
 
 @every_basis

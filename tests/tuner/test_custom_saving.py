@@ -250,6 +250,29 @@ def test_a_basis_held_in_memory_travels_with_the_adapter(tmp_path):
     assert same(run(low, MLP), run(model, MLP), 1e-6)
 
 
+def test_a_custom_model_has_no_embedding_layers_to_save(tmp_path):
+    case = Case("tokens", TokenModel, ids(6, 5), {"target_modules": ["tokens"]})
+    with pytest.warns(UserWarning, match="Could not identify embedding layer"):
+        trained(case, "random").save_pretrained(tmp_path, save_embedding_layers=True)
+    assert not any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+@every_basis
+def test_saved_modules_may_hold_scalars(basis, tmp_path):
+    def base():
+        model = MLP.base()
+        model.drop = torch.nn.BatchNorm1d(20)
+        return model.eval()
+
+    config = MLP.config(basis, target_modules=["up"], modules_to_save=["drop"], init_weights=False)
+    model = get_peft_model(base(), config)
+    model.base_model.model.drop.modules_to_save["default"].num_batches_tracked.fill_(7)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, ignore_mismatched_sizes=True)
+    assert loaded.base_model.model.drop.modules_to_save["default"].num_batches_tracked.item() == 7
+    assert same(run(loaded, MLP), run(model.eval(), MLP), 1e-6)
+
+
 def test_training_goes_on_after_loading(tmp_path):
     model = trained(MLP, "random")
     model.save_pretrained(tmp_path)
