@@ -95,6 +95,21 @@ def test_broken_config_is_named(saved, text):
         read_everything(saved)
 
 
+def test_an_index_that_leaves_its_folder(saved, tmp_path):
+    (saved / "basis.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"texture.block.0.fc.Ut": "../elsewhere.safetensors"}}
+    (saved / "basis.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BasisError, match=r"index\.json.*outside"):
+        read_everything(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "null"])
+def test_broken_index_is_named(saved, text):
+    (saved / "basis.safetensors.index.json").write_text(text)
+    with pytest.raises(BasisError, match=re.escape("basis.safetensors.index.json")):
+        read_everything(saved)
+
+
 def test_newer_format_is_refused(saved):
     path = saved / "basis_config.json"
     config = json.loads(path.read_text())

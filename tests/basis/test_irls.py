@@ -218,7 +218,7 @@ def test_identical_adapters_meet_a_zero_residual(tmp_path):
         assert relative(low_rank(basis, module, "shared"), (B @ A).numpy()) < 1e-5
 
 
-@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5, 3e-6, 1e-7])
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 3e-6, 1e-7, 1e-9])
 def test_nearly_equal_adapters(tmp_path, spread):
     """Checkpoints of one run: the stacked factors are almost collinear, which a Gram matrix squares."""
     generator = torch.Generator().manual_seed(12)
@@ -239,7 +239,7 @@ def test_nearly_equal_adapters(tmp_path, spread):
         assert relative(low_rank(basis, module, "shared"), mean.numpy()) < 30 * spread + 1e-5
 
 
-@pytest.mark.parametrize("condition", [1e2, 1e5, 1e6])
+@pytest.mark.parametrize("condition", [1e2, 1e5, 1e6, 1e7, 1e8])
 def test_invariant_to_badly_conditioned_factors(tmp_path, condition):
     """As above, G of a large condition number; float64 files, so that rounding on disk is no limit."""
     generator = torch.Generator().manual_seed(13)

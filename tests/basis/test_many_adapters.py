@@ -42,6 +42,19 @@ def test_unrelated_adapters_reach_the_same_objective(tmp_path, shape):
         assert np.abs(got - expected[:10]).max() < 1e-3 * expected[0]
 
 
+@pytest.mark.parametrize("shape", [(200, 180), (420, 410)], ids=["matrix-free", "large core"])
+def test_first_iteration_alone_is_exact(tmp_path, shape):
+    """One step from a cold start, no gap to help: later steps cannot repair it."""
+    generator = torch.Generator().manual_seed(13)
+    adapters = [random_factors({"layer": shape}, 20, generator) for _ in range(20)]  # stacked rank 400
+    basis = build_basis(save_many(tmp_path, adapters), dim=5, max_iter=1, progress=False)
+    S = torch.linalg.svdvals(sum(deltas(adapters, "layer")) / 20)
+    torch.testing.assert_close(basis.factors("layer", "shared")[1].double(), S[:5], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.as_tensor(basis.spectrum("layer", "shared")[0])[:10].double(), S[:10], rtol=1e-4, atol=0
+    )
+
+
 def test_large_core_equals_the_dense_reference(tmp_path):
     adapters = cluster({"layer": (340, 330)}, 10, 15, torch.Generator().manual_seed(9))  # stacked rank 300
     settings = {"max_iter": 8, "tol": 1e-14}

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
 from peft_attrsub import Basis, BasisError
 
-from .helpers import ATTRIBUTES, SHAPES, make_basis
+from .helpers import make_basis
 
 
 def assert_same(one, two):
@@ -134,75 +133,6 @@ def test_missing_shard_is_named(basis, tmp_path):
     gone.unlink()
     with pytest.raises(BasisError, match=gone.name):
         Basis.from_pretrained(tmp_path / "basis").verify()
-
-
-# ---- lazy reading ----
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """Names of the tensors that leave the disk through safetensors, whoever asks."""
-    names = []
-    real = safetensors.safe_open
-
-    class SpySlice:  # asking for a shape reads the header only
-        def __init__(self, name, view):
-            self.name, self.view = name, view
-
-        def __getitem__(self, index):
-            names.append(self.name)
-            return self.view[index]
-
-        def __getattr__(self, attribute):
-            return getattr(self.view, attribute)
-
-    class Spy:
-        def __init__(self, *args, **kwargs):
-            self.file = real(*args, **kwargs)
-
-        def __enter__(self):
-            self.file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.file.__exit__(*error)
-
-        def get_tensor(self, name):
-            names.append(name)
-            return self.file.get_tensor(name)
-
-        def get_slice(self, name):
-            return SpySlice(name, self.file.get_slice(name))
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    for module in list(sys.modules.values()):
-        if getattr(module, "safe_open", None) is real:
-            monkeypatch.setattr(module, "safe_open", Spy)
-    return names
-
-
-def test_only_what_is_asked_for_is_read(saved, reads):
-    basis = Basis.from_pretrained(saved)
-    assert basis.attributes == ATTRIBUTES and sorted(basis.modules) == sorted(SHAPES)
-    repr(basis)
-    assert reads == [], "opening, listing and printing a basis must read no tensor"
-    basis.factors("block.0.fc", "geometry")
-    assert 1 <= len(set(reads)) <= 3
-    assert all("block.0.fc" in name and "geometry" in name for name in reads)
-
-
-def test_joint_reads_only_its_module_and_attributes(saved, reads):
-    Basis.from_pretrained(saved).joint("block.1.proj", ["texture"])
-    assert reads and all("block.1.proj" in name and "texture" in name for name in reads)
-
-
-def test_select_stays_lazy(saved, reads):
-    small = Basis.from_pretrained(saved).select(attributes=["texture"], dim=2, modules=["block.0.fc"])
-    assert reads == []
-    small.factors("block.0.fc", "texture")
-    assert reads and all("block.0.fc" in name and "texture" in name for name in reads)
 
 
 # ---- dtype, digest ----
