@@ -123,6 +123,18 @@ def test_other_kinds_are_refused_by_name(odd, basis):
 
 
 @every_basis
+@pytest.mark.parametrize("targets", ["all-linear", ["out_proj"]], ids=str)
+def test_the_inside_of_an_attention_module_is_refused(targets, basis):
+    # torch's attention reads out_proj.weight without calling out_proj: an adapter there would change nothing
+    config = AttrSubspaceConfig(basis=basis, dim=2, target_modules=targets)
+    with pytest.raises(ValueError, match="MultiheadAttention") as refusal:
+        get_peft_model(Odd(nn.MultiheadAttention(12, 2)), config)
+    assert "odd.out_proj" in str(refusal.value)
+    config = AttrSubspaceConfig(basis=basis, dim=2, target_modules="all-linear", exclude_modules=["out_proj"])
+    assert get_peft_model(Odd(nn.MultiheadAttention(12, 2)), config).targeted_module_names == ["lin"]
+
+
+@every_basis
 def test_a_failed_second_adapter_leaves_the_first_alone(basis):
     first = AttrSubspaceConfig(basis=basis, dim=2, target_modules=["lin"], init_weights=False)
     model = get_peft_model(Odd(nn.BatchNorm2d(4)), first)
