@@ -186,14 +186,15 @@ class _Job:
                     bar.update()
             return results
 
+        failure: BasisError | None = None
         with bar, _one_thread_each(self.device) as workers, ThreadPoolExecutor(workers) as pool:
             try:
                 for results in pool.map(run, chunks):
                     found.update(results)
-            except BaseException:
+            except BasisError as error:
                 pool.shutdown(cancel_futures=True)
-                raise
-        merged = gather(found)
+                failure = error
+        merged = gather(found, failure)
         return {module: merged[module] for module in self.layouts}
 
 

@@ -6,6 +6,8 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
 
 from .config import AttrSubspaceConfig
 from .factors import disassemble
@@ -32,6 +34,7 @@ def add_weighted_adapter(
             elif present:
                 _add_cores(layer, present, config, adapter_name)
         layer.set_requires_grad(adapter_name, False)
+    _carry_saved_modules(tuner.model, adapters, adapter_name)
 
 
 def _merged_config(
@@ -45,11 +48,16 @@ def _merged_config(
         if name not in tuner.peft_config:
             raise ValueError(f"adapter {name!r} does not exist: there are {', '.join(tuner.peft_config)}.")
     configs: list[AttrSubspaceConfig] = [tuner.peft_config[name] for name in adapters]
-    if any(c.modules_to_save for c in configs):
-        raise ValueError("adapters with modules_to_save cannot be added up: those modules are no low-rank update.")
+    saving = {name for name, c in zip(adapters, configs, strict=True) if c.modules_to_save}
+    if len(saving) > 1:
+        raise ValueError(
+            f"adapters {', '.join(sorted(saving))} all have modules_to_save, which are trained in full and do not "
+            "add up: at most one of the adapters may have them."
+        )
     if len({str(c.lora_modules) for c in configs}) > 1:
         raise ValueError("the adapters carry plain LoRA on different lora_modules, so they cannot be added up.")
     merged = copy.copy(configs[0])
+    merged.modules_to_save = next((c.modules_to_save for c in configs if c.modules_to_save), None)
     targets = [c.target_modules for c in configs]
     if any(t != merged.target_modules for t in targets):
         if any(t is None or isinstance(t, str) for t in targets):
@@ -60,6 +68,15 @@ def _merged_config(
     merged.lora_rank = sum(c.lora_rank for c in configs)
     merged.lora_alpha = merged.lora_rank
     return merged
+
+
+def _carry_saved_modules(model: nn.Module, adapters: list[str], adapter_name: str) -> None:
+    """The modules that one of the adapters trained in full go along as they are."""
+    for wrapper in [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]:
+        source = next((a for a in adapters if a in wrapper.modules_to_save), None)
+        if source is not None:
+            wrapper.modules_to_save[adapter_name] = copy.deepcopy(wrapper.modules_to_save[source])
+            wrapper.modules_to_save[adapter_name].requires_grad_(False)
 
 
 def _check_one_basis(name: str, layer: AttrSubspaceLayer, adapters: list[str]) -> None:

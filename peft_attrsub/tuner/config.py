@@ -46,7 +46,7 @@ class AttrSubspaceConfig(PeftConfig):
         save_basis: whether A and B are saved in the adapter. "auto" saves them when they could not be
             loaded from elsewhere (a basis in memory, "psv", "random"), else only the pointer to the basis
             and its digest. True makes a file that stands alone.
-        seed: of the "random" basis and of a random core.
+        seed: of the "random" basis.
         fan_in_fan_out: True for layers that store W as (in, out), such as GPT-2's Conv1D; found out by
             itself for those.
         missing: "error" refuses a targeted module that the basis lacks, "skip" leaves it unadapted.

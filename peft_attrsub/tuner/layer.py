@@ -8,7 +8,7 @@ trained and there is no core.
 from __future__ import annotations
 
 import warnings
-import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +64,10 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         self.slices: dict[str, Slices] = {}
         self.block_diagonal: dict[str, bool] = {}
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # switched by peft.helpers.disable_input_dtype_casting
         self.merged_adapters: list[str] = []
-        self.in_features, self.out_features = layout.m, layout.n
+        self.out_features = layout.n
+        self.in_features = layout.kernel[0] * layout.groups if layout.kernel else layout.m
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=get_apply_tensor_subclass
         )
@@ -88,8 +90,7 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         self.attrsub_sizes.put(adapter, bases.key, torch.tensor(blocks_of(bases.slices)), stored)
         core = torch.zeros(core_shape(bases.a, bases.b, bases.slices, block))
         if not config.init_weights:
-            generator = torch.Generator().manual_seed(config.seed + zlib.crc32(adapter.encode()))
-            nn.init.normal_(core, std=_INIT_STD, generator=generator)
+            nn.init.normal_(core, std=_INIT_STD)
         self.attrsub_M[adapter] = self._new_parameter(core)
         self._finish(adapter, inference_mode)
 
@@ -140,15 +141,23 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
             if adapter in held and held[adapter].device.type != "meta":
                 held.cast(adapter, where, dtype)
 
+    def make_room(self, adapter: str, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Take the widths of an adapter that brings its own basis from the state dict it is loaded from."""
+        keys = {part: f"{prefix}attrsub_{part}.{adapter}" for part in ("A", "B", "M", "sizes")}
+        if adapter not in self.attrsub_A.saved or any(key not in state_dict for key in keys.values()):
+            return
+        self.slices[adapter] = slices_of(list(self.slices[adapter]), state_dict[keys["sizes"]].tolist())
+        self.attrsub_A.widen(adapter, state_dict[keys["A"]].shape[1])
+        self.attrsub_B.widen(adapter, state_dict[keys["B"]].shape[1])
+        core, shape = self.attrsub_M[adapter], state_dict[keys["M"]].shape
+        if core.shape != shape:
+            empty = torch.zeros(shape, dtype=core.dtype, device=core.device)
+            self.attrsub_M[adapter] = nn.Parameter(empty, requires_grad=core.requires_grad)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Before the children load: an adapter whose basis comes with its weights has no shapes yet.
-        for adapter, core in list(self.attrsub_M.items()):
-            name, sizes = f"{prefix}attrsub_M.{adapter}", f"{prefix}attrsub_sizes.{adapter}"
-            if adapter in self.attrsub_A.saved and name in state_dict and sizes in state_dict:
-                self.slices[adapter] = slices_of(list(self.slices[adapter]), state_dict[sizes].tolist())
-                if core.shape != state_dict[name].shape:
-                    empty = torch.zeros(state_dict[name].shape, dtype=core.dtype, device=core.device)
-                    self.attrsub_M[adapter] = nn.Parameter(empty, requires_grad=core.requires_grad)
+        for adapter in list(self.attrsub_M):
+            self.make_room(adapter, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # The update

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..basis import BasisError
@@ -148,6 +148,32 @@ class AttrSubspaceModel(BaseTuner):
             if weight.device.type == "meta":
                 raise BasisError(f"basis='psv' needs the weight of {module!r}, which is on the meta device: load it.")
         return self._provider.make(module, layer.layout, weight)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; bases that no other adapter uses are let go."""
+        super().delete_adapter(adapter_name)
+        # PEFT passes over layers of models whose own names contain "attrsub_".
+        for layer in self.model.modules():
+            if isinstance(layer, AttrSubspaceLayer) and layer.has(adapter_name):
+                layer.delete_adapter(adapter_name)
+                self.active_adapter = layer.active_adapters[:]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: AttrSubspaceConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        # PEFT compares shapes before it loads, so a basis that comes with the adapter needs its room by now.
+        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for name, layer in model.named_modules():
+            if isinstance(layer, AttrSubspaceLayer):
+                layer.make_room(adapter_name, mapped, f"{name}." if name else "")
+        return mapped
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Add `adapter_name` = sum_i weights[i] * adapters[i], exactly: cores on one basis add up.

@@ -48,6 +48,12 @@ class SharedBases(nn.Module):
         key = self._key_of[adapter]
         self._tensors[key] = self._tensors[key].to(device=device, dtype=dtype)
 
+    def widen(self, adapter: str, columns: int) -> None:
+        """Give a basis that is still to be loaded its number of columns."""
+        key = self._key_of[adapter]
+        if self._tensors[key].shape[1] == 0:
+            self._tensors[key] = self._tensors[key].new_zeros(self._tensors[key].shape[0], columns)
+
     # The mapping that PEFT expects of `other_param_names`
 
     def __getitem__(self, adapter: str) -> Tensor:
@@ -107,7 +113,12 @@ class SharedBases(nn.Module):
                 continue
             if name in unexpected_keys:
                 unexpected_keys.remove(name)
-            self._replace(adapter, state_dict[name].detach())
+            loaded = state_dict[name].detach()
+            if loaded.shape[0] != self[adapter].shape[0]:
+                shapes = f"{tuple(loaded.shape)} in the checkpoint, {self[adapter].shape[0]} rows in the model"
+                error_msgs.append(f"size mismatch for {name}: {shapes}: the adapter belongs to another model.")
+                continue
+            self._replace(adapter, loaded)
 
     def _replace(self, adapter: str, value: Tensor) -> None:
         """Use the loaded tensor; one that equals it is shared, else it gets a key of its own."""
