@@ -26,7 +26,8 @@ from peft_attrsub import AttrSubspaceConfig
 TARGETS = ["qkv", "proj", "fc1", "fc2"]
 RULES = {
     "seconds": "one forward and one backward pass; contenders in turn within a round, their order rotated; median "
-    "over rounds. ratio: median over rounds of contender / frozen base in the same round",
+    "over rounds. ratio: median over rounds of contender / frozen base in the same round; cpu_ratio: the same of the "
+    "CPU seconds of all threads, which other programs on the machine disturb less",
     "saved_mib": "tensors that autograd keeps for the backward pass (saved-tensor hooks), every storage once and "
     "whole; storages that exist before the step do not count: parameters, frozen bases and projections, the input",
     "gflop": "matrix products of one step as torch's FlopCounterMode counts them; attention is left out where it does "
@@ -79,16 +80,16 @@ def build(stack: nn.Module, config: object) -> nn.Module:
     return model if config is None else get_peft_model(model, config)
 
 
-def step(model: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, float]:
-    """Seconds of forward and of backward; gradients are dropped afterwards."""
-    start = time.perf_counter()
+def step(model: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, float, float]:
+    """Seconds of forward and of backward, CPU seconds of both; gradients are dropped afterwards."""
+    cpu, start = time.process_time(), time.perf_counter()
     y = model(x)
     between = time.perf_counter()
     y.backward(upstream)
-    end = time.perf_counter()
+    end, cpu = time.perf_counter(), time.process_time() - cpu
     for leaf in (x, *model.parameters()):
         leaf.grad = None
-    return between - start, end - between
+    return between - start, end - between, cpu
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -128,7 +129,7 @@ def measure(tokens: int, depth: int, rounds: int, args: argparse.Namespace) -> d
     upstream = torch.randn(tokens, width) / tokens
     models = {name: build(stack, config) for name, config in contenders(args.quick).items()}
     saved = {name: saved_bytes(model, x) for name, model in models.items()}
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     names = list(models)
     work = {name: flops(model, x, upstream) for name, model in models.items()}  # warms up, too
     for round_ in range(rounds):
@@ -136,8 +137,8 @@ def measure(tokens: int, depth: int, rounds: int, args: argparse.Namespace) -> d
         for name in names[turn:] + names[:turn]:
             seen[name].append(step(models[name], x, upstream))
         print(f"{tokens} tokens: round {round_ + 1} of {rounds}", flush=True)
-    total = {name: [f + b for f, b in pairs] for name, pairs in seen.items()}
-    base = total["frozen base"]
+    total = {name: [f + b for f, b, _ in steps] for name, steps in seen.items()}
+    cpu = {name: [c for *_, c in steps] for name, steps in seen.items()}
     rows = {
         name: {
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -145,14 +146,20 @@ def measure(tokens: int, depth: int, rounds: int, args: argparse.Namespace) -> d
             "saved_over_base_mib": round((saved[name] - saved["frozen base"]) / 2**20, 3),
             "gflop": round(work[name] / 1e9, 3),
             "gflop_ratio": round(work[name] / work["frozen base"], 4),
-            "forward_seconds": summary(f for f, _ in seen[name]),
-            "backward_seconds": summary(b for _, b in seen[name]),
+            "forward_seconds": summary(f for f, *_ in seen[name]),
+            "backward_seconds": summary(b for _, b, _ in seen[name]),
             "seconds": summary(total[name]),
-            "ratio": round(median(t / b for t, b in zip(total[name], base, strict=True)), 4),
+            "ratio": paired(total[name], total["frozen base"]),
+            "cpu_ratio": paired(cpu[name], cpu["frozen base"]),
         }
         for name, model in models.items()
     }
     return {"tokens": tokens, "blocks": depth, "width": width, "heads": heads, "contenders": rows}
+
+
+def paired(times: list[float], base: list[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return round(median(t / b for t, b in zip(times, base, strict=True)), 4)
 
 
 def show(case: dict) -> None:
@@ -160,20 +167,11 @@ def show(case: dict) -> None:
     rows = [
         [name, r["trainable_parameters"], r["saved_mib"], r["saved_over_base_mib"]]
         + [1000 * r[key]["median"] for key in timed]
-        + [r["ratio"], r["gflop_ratio"]]
+        + [r["ratio"], r["cpu_ratio"], r["gflop_ratio"]]
         for name, r in case["contenders"].items()
     ]
-    columns = [
-        "",
-        "trainable",
-        "saved MiB",
-        "over base",
-        "forward ms",
-        "backward ms",
-        "step ms",
-        "/ base",
-        "flop / base",
-    ]
+    columns = ["", "trainable", "saved MiB", "over base", "forward ms", "backward ms", "step ms"]
+    columns += ["/ base", "CPU / base", "flop / base"]
     table(f"{case['blocks']} block(s) of width {case['width']}, {case['tokens']} tokens", columns, rows)
 
 
