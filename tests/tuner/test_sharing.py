@@ -1,0 +1,98 @@
+"""What is held and what is kept: bases once per module, no input kept alive for the core's gradient."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_attrsub import AttrSubspaceConfig, psv_basis
+from peft_attrsub.tuner import AttrSubspaceLayer
+
+from .models import MLP
+
+
+def layers(model):
+    return [m for m in model.modules() if isinstance(m, AttrSubspaceLayer)]
+
+
+def storages(model):
+    return {id(t.untyped_storage()): 1 for m in layers(model) for t in m.attrsub_A._tensors.values()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    psv_basis(MLP.base(), dim=4).save_pretrained(tmp_path / "basis")
+    return tmp_path
+
+
+def test_two_adapters_on_one_basis_share_its_memory(saved):
+    model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis=str(saved / "basis")))
+    model.add_adapter("second", AttrSubspaceConfig(basis=str(saved / "basis")))
+    for move in (lambda m: m, lambda m: m.half(), lambda m: m.to(torch.float32), copy.deepcopy):
+        model = move(model)
+        for layer in layers(model):
+            for held in (layer.attrsub_A, layer.attrsub_B):
+                assert held["default"] is held["second"]
+    model.delete_adapter("default")
+    assert all("second" in layer.attrsub_A and len(layer.attrsub_A._tensors) == 1 for layer in layers(model))
+    model.delete_adapter("second")
+    assert not any(layer.attrsub_A._tensors for layer in layers(model))
+
+
+def test_other_attributes_or_dims_do_not_share(saved):
+    model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis=str(saved / "basis")))
+    model.add_adapter("thin", AttrSubspaceConfig(basis=str(saved / "basis"), dim=2))
+    for layer in layers(model):
+        assert layer.attrsub_A["default"].shape[1] == 4 and layer.attrsub_A["thin"].shape[1] == 2
+
+
+def test_loaded_adapters_that_bring_equal_bases_share_them(tmp_path):
+    MLP.peft("random").save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(MLP.base(), tmp_path)
+    model.load_adapter(tmp_path, "again")
+    assert all(layer.attrsub_A["default"] is layer.attrsub_A["again"] for layer in layers(model))
+
+
+def test_a_saved_adapter_holds_cores_and_a_pinned_pointer_only(saved):
+    from safetensors.torch import load_file
+
+    model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis=str(saved / "basis")))
+    model.save_pretrained(saved / "adapter")
+    assert {key.rpartition(".")[2] for key in load_file(saved / "adapter" / "adapter_model.safetensors")} == {"attrsub_M"}
+    config = AttrSubspaceConfig.from_pretrained(str(saved / "adapter"))
+    assert config.basis == str(saved / "basis") and len(config.basis_digest) == 64
+
+
+def test_bases_never_require_grad_whatever_is_called(saved):
+    model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis=str(saved / "basis")))
+    model.add_adapter("second", AttrSubspaceConfig(basis="random", dim=2, target_modules=["up"]))
+    model.requires_grad_(True)
+    model.set_adapter("second")
+    model.set_adapter("default")
+    model.base_model.set_adapter(["default", "second"])
+    model.set_requires_grad(["default", "second"], True)
+    model.base_model.enable_adapter_layers()
+    model.train()
+    for layer in layers(model):
+        for held in (layer.attrsub_A, layer.attrsub_B):
+            assert not any(t.requires_grad or t.grad_fn for t in held._tensors.values())
+    names = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_buffers()]
+    assert not any("attrsub_A" in name or "attrsub_B" in name for name in names)
+
+
+def test_the_input_is_not_kept_for_the_core_gradient():
+    layer = nn.Sequential(nn.Linear(64, 48))
+    model = get_peft_model(layer, AttrSubspaceConfig(basis="random", dim=4, target_modules=["0"], init_weights=False))
+    x = torch.randn(100, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+    rows = [t for t in kept if t.shape[0] == 100]
+    assert sum(t.numel() for t in rows) == 100 * 4, "B^T x (tokens x D) is all that the core's gradient needs"
+    y.sum().backward()
+    core = model.base_model.model[0].attrsub_M["default"]
+    a, b = (getattr(model.base_model.model[0], n)["default"] for n in ("attrsub_A", "attrsub_B"))
+    torch.testing.assert_close(core.grad, a.T @ torch.ones(48, 100) @ x.detach() @ b, rtol=1e-4, atol=1e-4)
