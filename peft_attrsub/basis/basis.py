@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import Block, check_factors, corrupted, index_blocks, kept_hashes
 from .card import model_card
 from .config import CONFIG_NAME, AttributeRecord, BasisConfig
 from .errors import BasisError
@@ -27,7 +28,6 @@ from .storage import (
     TENSORS_NAME,
     FileStore,
     MemoryStore,
-    Store,
     chunk_hashes,
     read_records,
     tensor_hash,
@@ -37,17 +37,6 @@ _PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Dim = int | Mapping[str, int] | None
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One subspace: where its tensors are, under which name, and how many directions are in use."""
-
-    store: Store
-    name: str
-    dim: int
-    stored: int
-    hashes: tuple[str, ...] | list[str] = ()
 
 
 class Basis:
@@ -60,7 +49,7 @@ class Basis:
     def __init__(
         self,
         config: BasisConfig,
-        blocks: dict[str, dict[str, _Block]],
+        blocks: dict[str, dict[str, Block]],
         source: str | list[str] | None = None,
         revision: str | None = None,
     ) -> None:
@@ -156,7 +145,7 @@ class Basis:
         kept = self.modules if modules is None else sorted(set(modules), key=natural_key)
         for module in kept:
             self._require(module)
-        blocks: dict[str, dict[str, _Block]] = {}
+        blocks: dict[str, dict[str, Block]] = {}
         for name in names:
             row = {m: self._blocks[name][m] for m in kept}
             limit = dims(name)
@@ -164,7 +153,7 @@ class Basis:
                 row = {m: replace(b, dim=min(b.dim, limit)) for m, b in row.items()}
             blocks[name] = row
         by_name = {a.name: a for a in self.config.attributes}
-        records = [replace(by_name[n], hashes=_kept_hashes(by_name[n], blocks[n])) for n in names]
+        records = [replace(by_name[n], hashes=kept_hashes(by_name[n], blocks[n])) for n in names]
         layouts = {m: self.config.modules[m] for m in kept}
         config = replace(self.config, attributes=records, modules=layouts, digest=None)
         return Basis(config, blocks)
@@ -175,7 +164,7 @@ class Basis:
         if not bases:
             raise BasisError("combine got no basis: give at least one.")
         first = bases[0]
-        blocks: dict[str, dict[str, _Block]] = {}
+        blocks: dict[str, dict[str, Block]] = {}
         records: list[AttributeRecord] = []
         for basis in bases:
             _check_same_model(first, basis)
@@ -217,7 +206,7 @@ class Basis:
                 raise BasisError(f"attribute {attribute!r} covers other modules than the first: {some(difference)}.")
             for module in names:
                 u, s, v = row[module]
-                _check_factors(f"attribute {attribute!r}, module {module!r}", u, s, v)
+                check_factors(f"attribute {attribute!r}, module {module!r}", u, s, v)
                 layout = (layouts or {}).get(module) or ModuleLayout("linear", u.shape[0], v.shape[0])
                 if (u.shape[0], v.shape[0]) != shapes.setdefault(module, layout).shape:
                     raise BasisError(
@@ -232,7 +221,7 @@ class Basis:
             base_model=base_model,
             dtype=str(dtype).removeprefix("torch."),
         )
-        return cls(config, _index(config, MemoryStore(tensors)))
+        return cls(config, index_blocks(config, MemoryStore(tensors)))
 
     # Identity
 
@@ -254,7 +243,7 @@ class Basis:
                 self._stored(module, attribute)
                 block, known = self._block(module, attribute), self._record(attribute).record_hashes.get(module)
                 if known and tensor_hash(read_records(block.store, block.name)) != known:
-                    raise BasisError(_corrupted(attribute, module))
+                    raise BasisError(corrupted(attribute, module))
         self._check_digest()
 
     def _check_digest(self) -> None:
@@ -317,7 +306,7 @@ class Basis:
         except ValueError as error:
             raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
         config = BasisConfig.from_dict(record, str(path))
-        basis = cls(config, _index(config, FileStore(folder)), source=os.fspath(name), revision=commit)
+        basis = cls(config, index_blocks(config, FileStore(folder)), source=os.fspath(name), revision=commit)
         basis._check_digest()
         return basis
 
@@ -351,7 +340,7 @@ class Basis:
             near = nearest(module, self.config.modules)
             raise BasisError(f"the basis has no module {module!r}; nearest: {some(near) or 'none'}.")
 
-    def _block(self, module: str, attribute: str) -> _Block:
+    def _block(self, module: str, attribute: str) -> Block:
         self._require_attribute(attribute)
         self._require(module)
         return self._blocks[attribute][module]
@@ -364,7 +353,7 @@ class Basis:
         ut, s, vt = (block.store.get(f"{block.name}.{part}", rows) for part in FACTORS)
         if block.hashes and block.name not in self._checked:
             if chunk_hashes(ut, s, vt) != block.hashes[: -(-rows // CHUNK)]:
-                raise BasisError(_corrupted(attribute, module))
+                raise BasisError(corrupted(attribute, module))
             self._checked.add(block.name)
         return ut[: block.dim], s[: block.dim], vt[: block.dim]
 
@@ -378,45 +367,6 @@ def check_dims(dim: Dim, attributes: Sequence[str]) -> Callable[[str], int | Non
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise BasisError(f"dim={value!r} for attribute {name!r} is no positive whole number.")
     return values.get
-
-
-def _index(config: BasisConfig, store: Store) -> dict[str, dict[str, _Block]]:
-    blocks: dict[str, dict[str, _Block]] = {}
-    for attribute in config.attributes:
-        row = {}
-        for module, layout in config.modules.items():
-            name = f"{attribute.name}.{module}"
-            shapes = {part: store.shape(f"{name}.{part}") for part in FACTORS}
-            d = shapes["S"][0] if len(shapes["S"]) == 1 else -1
-            if shapes["Ut"] != (d, layout.n) or shapes["Vt"] != (d, layout.m):
-                raise BasisError(
-                    f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has shapes {shapes}, "
-                    f"expected (d, {layout.n}), (d,), (d, {layout.m})."
-                )
-            row[module] = _Block(store, name, d, d, attribute.hashes.get(module, ()))
-        blocks[attribute.name] = row
-    return blocks
-
-
-def _kept_hashes(record: AttributeRecord, row: dict[str, _Block]) -> dict[str, list[str]]:
-    """Hashes that still hold for the directions in use: those of whole chunks."""
-    whole = {m: b for m, b in row.items() if (b.dim == b.stored or b.dim % CHUNK == 0) and m in record.hashes}
-    return {m: record.hashes[m][: -(-b.dim // CHUNK)] for m, b in whole.items()}
-
-
-def _corrupted(attribute: str, module: str) -> str:
-    return (
-        f"the basis is corrupted: attribute {attribute!r}, module {module!r} does not match its sha256; "
-        "copy or build it again."
-    )
-
-
-def _check_factors(where: str, u: Tensor, s: Tensor, v: Tensor) -> None:
-    if (u.dim(), s.dim(), v.dim()) != (2, 1, 2) or not u.shape[1] == s.shape[0] == v.shape[1]:
-        shapes = tuple(u.shape), tuple(s.shape), tuple(v.shape)
-        raise BasisError(f"{where}: U, S, V have shapes {shapes}, expected (n, d), (d,), (m, d).")
-    if not all(bool(torch.isfinite(t).all()) for t in (u, s, v)):
-        raise BasisError(f"{where}: U, S or V holds NaN or inf.")
 
 
 def _check_same_model(first: Basis, other: Basis) -> None:

@@ -1,0 +1,65 @@
+"""The subspaces of a basis one by one: where each is stored, and whether what is read is sound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import AttributeRecord, BasisConfig
+from .errors import BasisError
+from .storage import CHUNK, FACTORS, Store
+
+
+@dataclass(frozen=True)
+class Block:
+    """One subspace: where its tensors are, under which name, and how many directions are in use."""
+
+    store: Store
+    name: str
+    dim: int
+    stored: int
+    hashes: tuple[str, ...] | list[str] = ()
+
+
+def index_blocks(config: BasisConfig, store: Store) -> dict[str, dict[str, Block]]:
+    """attribute -> module -> block, after checking every shape in the store against the config."""
+    blocks: dict[str, dict[str, Block]] = {}
+    for attribute in config.attributes:
+        row = {}
+        for module, layout in config.modules.items():
+            name = f"{attribute.name}.{module}"
+            shapes = {part: store.shape(f"{name}.{part}") for part in FACTORS}
+            d = shapes["S"][0] if len(shapes["S"]) == 1 else -1
+            if shapes["Ut"] != (d, layout.n) or shapes["Vt"] != (d, layout.m):
+                raise BasisError(
+                    f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has shapes {shapes}, "
+                    f"expected (d, {layout.n}), (d,), (d, {layout.m})."
+                )
+            row[module] = Block(store, name, d, d, attribute.hashes.get(module, ()))
+        blocks[attribute.name] = row
+    return blocks
+
+
+def kept_hashes(record: AttributeRecord, row: dict[str, Block]) -> dict[str, list[str]]:
+    """Hashes that still hold for the directions in use: those of whole chunks."""
+    whole = {m: b for m, b in row.items() if (b.dim == b.stored or b.dim % CHUNK == 0) and m in record.hashes}
+    return {m: record.hashes[m][: -(-b.dim // CHUNK)] for m, b in whole.items()}
+
+
+def corrupted(attribute: str, module: str) -> str:
+    """The sentence for a subspace whose bytes do not match their hash."""
+    return (
+        f"the basis is corrupted: attribute {attribute!r}, module {module!r} does not match its sha256; "
+        "copy or build it again."
+    )
+
+
+def check_factors(where: str, u: Tensor, s: Tensor, v: Tensor) -> None:
+    """Refuse U, S, V that do not fit together or are not finite."""
+    if (u.dim(), s.dim(), v.dim()) != (2, 1, 2) or not u.shape[1] == s.shape[0] == v.shape[1]:
+        shapes = tuple(u.shape), tuple(s.shape), tuple(v.shape)
+        raise BasisError(f"{where}: U, S, V have shapes {shapes}, expected (n, d), (d,), (m, d).")
+    if not all(bool(torch.isfinite(t).all()) for t in (u, s, v)):
+        raise BasisError(f"{where}: U, S or V holds NaN or inf.")
