@@ -77,9 +77,12 @@ class FileStore:
         names = [TENSORS_NAME]
         if index.is_file():
             try:
-                names = sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                outside = any(Path(name).name != name for name in names)
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise BasisError(f"{str(index)!r} is damaged: {error!r}; copy or build the basis again.") from error
+            if outside:
+                raise BasisError(f"{str(index)!r} points outside its folder, which a basis never does.")
         elif not single.is_file():
             raise BasisError(f"{str(self.folder)!r} has a basis_config.json but no {TENSORS_NAME}: it is incomplete.")
         return {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118 (no mapping)
