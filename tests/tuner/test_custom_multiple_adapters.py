@@ -155,6 +155,18 @@ def test_partly_overlapping_targets_are_active_everywhere():
             assert all(layer.active_adapters == [name] for layer in layers(model).values())
 
 
+def test_a_psv_basis_is_that_of_the_base_weight_even_while_another_adapter_is_merged():
+    expected = MLP.peft("psv", dim=4, init_weights=False)
+    model = MLP.peft("random", init_weights=False)
+    model.merge_adapter()
+    model.add_adapter("later", MLP.config("psv", dim=4))
+    with torch.no_grad():
+        for name, core in cores(model, "later").items():
+            core.copy_(cores(expected)[name])
+    for name, delta in deltas(model, "later").items():
+        assert same(delta, deltas(expected)[name], 1e-4)
+
+
 @since_peft_021
 def test_a_taken_name_is_refused():
     model = MLP.peft("random", init_weights=False)

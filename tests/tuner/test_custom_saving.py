@@ -80,11 +80,14 @@ def test_pickle_format(case, basis, tmp_path):
 @every_basis
 @every_case
 def test_a_passed_config_is_the_one_used(case, basis, tmp_path):
-    config = case.config(basis)
-    get_peft_model(case.base(), config).save_pretrained(tmp_path)
+    config = case.config(basis, init_weights=False)
+    model = get_peft_model(case.base(), config).eval()
+    expected = run(model, case)
+    model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=False, config=config)
     assert loaded.peft_config["default"] is config
     assert config.inference_mode is True
+    assert same(run(loaded, case), expected, 1e-6)
 
 
 @every_basis
@@ -174,6 +177,21 @@ def test_low_cpu_mem_usage(case, basis, tmp_path):
         assert same(run(loaded, case), run(model, case), 1e-6)
     loaded.merge_adapter()
     assert same(run(loaded, case), run(model, case))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@every_case
+def test_a_basis_that_is_made_again_from_its_seed(case, low_cpu_mem_usage, tmp_path):
+    model = trained(case, "random", save_basis=False, seed=3)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert not [name for name in names if name.endswith((".attrsub_A", ".attrsub_B"))]
+    loaded = reload(case, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded.load_adapter(tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage)
+    for adapter in ("default", "other"):
+        loaded.set_adapter(adapter)
+        assert same(run(loaded, case), run(model, case), 1e-6)
+        assert all(same(deltas(loaded, adapter)[name], delta, 1e-6) for name, delta in deltas(model).items())
 
 
 @pytest.mark.parametrize("options", [{"device_map": {"": "cpu"}}, {"torch_device": "cpu"}], ids=str)
