@@ -66,6 +66,12 @@ def test_importance_keeps_the_budget(tmp_path):
     assert got["decay"] == 1 and got["half"] == 3 and got["flat"] == 7
 
 
+def test_importance_leaves_no_module_empty(tmp_path):
+    """Shares 3.7 and five of 0.46 at d = 1: one column each is the whole budget of 6."""
+    got = dims(mine(tmp_path, {"flat": FLAT, **{f"one{i}": ONE for i in range(5)}}, dim=1, allocation="importance"))
+    assert set(got.values()) == {1} and len(got) == 6
+
+
 def test_importance_literal_is_the_printed_formula(tmp_path):
     """d * floor(ER / mean ER): 3 * floor(2.23) = 6, 0, 3 * floor(1.12) = 3, 0."""
     got = dims(mine(tmp_path, SPECTRA, dim=3, allocation="importance-literal"))

@@ -115,6 +115,13 @@ def test_select_order_is_the_callers():
     assert make(["a", "b", "c"]).select(attributes=["c", "a"]).attributes == ["c", "a"]
 
 
+def test_the_same_attribute_twice_is_refused():
+    basis = make(["a", "b"])
+    for call in (lambda: basis.select(attributes=["a", "b", "a"]), lambda: basis.joint("fc", ["a", "a"])):
+        with pytest.raises(BasisError, match="twice"):
+            call()
+
+
 def test_select_everything_keeps_the_digest_and_saving_keeps_it_too(tmp_path):
     basis = make(["a", "b"], d=4)
     assert basis.select().digest == basis.digest

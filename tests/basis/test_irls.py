@@ -264,6 +264,21 @@ def test_invariant_to_badly_conditioned_factors(tmp_path, condition):
             torch.testing.assert_close(Q.T @ Q, torch.eye(2), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("condition", [1e4, 1e6, 1e7])
+def test_orthonormal_although_the_factors_are_nearly_dependent(tmp_path, condition):
+    """Every direction in use, so that none of the badly conditioned ones can hide behind the leading ones."""
+    generator = torch.Generator().manual_seed(14)
+    adapters = []
+    for _ in range(3):
+        B, A = torch.randn(40, 4, generator=generator).double(), torch.randn(4, 30, generator=generator).double()
+        left, right = orthonormal(4, 4, generator), orthonormal(4, 4, generator)
+        G = left @ torch.diag(torch.logspace(0, np.log10(condition), 4, dtype=torch.float64)) @ right
+        adapters.append({"layer": (B @ torch.linalg.inv(G), G @ A)})
+    basis = build_basis(save_many(tmp_path, adapters, dtype=torch.float64), dim=12, progress=False)
+    for Q in basis.factors("layer", "shared")[::2]:
+        torch.testing.assert_close(Q.T @ Q, torch.eye(12), atol=1e-5, rtol=0)
+
+
 def test_factors_are_contiguous(tmp_path):
     """U, S, V are handed out contiguous, so that safetensors and matmul take them as they are."""
     basis = build_basis(

@@ -264,6 +264,10 @@ def test_missing_folder(pair, tmp_path):
     refused([pair[0], str(tmp_path / "not-there")], "not-there")
 
 
+def test_hub_id_that_cannot_be_reached(pair):
+    refused([pair[0], "someone/not-there"], "someone/not-there")
+
+
 def test_empty_folder(pair, tmp_path):
     (tmp_path / "hollow").mkdir()
     refused([pair[0], tmp_path / "hollow"], "hollow", "adapter_config.json")

@@ -144,7 +144,8 @@ def test_interrupted_by_the_user(cli, large, tmp_path):
     parent = tmp_path / "out"
     parent.mkdir()
     run = cli.start(*build(large, parent / "basis"))
-    time.sleep(0.3)
+    assert wait_until(run.has_spoken)
+    time.sleep(0.1)
     run.kill(signal.SIGINT)
     result = run.wait()
     assert result.code != 0, "it was too late: make the run slower"

@@ -52,7 +52,7 @@ for line in sys.stdin:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(job["out"], flags, 0o600), 1)
         os.dup2(os.open(job["err"], flags, 0o600), 2)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", 1), open(2, "w", 1)
         os.chdir(job["cwd"])
         os.environ.update(job["env"])
         sys.argv = ["peft-attrsub", *job["args"]]
@@ -94,6 +94,10 @@ class Run:
 
     def kill(self, signum=signal.SIGKILL):
         os.kill(self.pid, signum)
+
+    def has_spoken(self):
+        """Whether anything is on stdout yet: the plan, printed before the work begins."""
+        return self._out.exists() and self._out.stat().st_size > 0
 
     def wait(self) -> Result:
         code = self.zygote.ask({"wait": self.pid})
