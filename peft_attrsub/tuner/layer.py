@@ -91,7 +91,7 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         core = torch.zeros(core_shape(bases.a, bases.b, bases.slices, block))
         if not config.init_weights:
             nn.init.normal_(core, std=_INIT_STD)
-        self.attrsub_M[adapter] = self._new_parameter(core)
+        self.attrsub_M[adapter] = nn.Parameter(core)
         self._finish(adapter, inference_mode)
 
     def add_lora(self, adapter: str, config: AttrSubspaceConfig, inference_mode: bool) -> None:
@@ -103,8 +103,8 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         nn.init.kaiming_uniform_(a, a=5**0.5)
         if not config.init_weights:
             nn.init.normal_(b, std=_INIT_STD / self.layout.m**0.5)
-        self.attrsub_lora_A[adapter] = self._new_parameter(a)
-        self.attrsub_lora_B[adapter] = self._new_parameter(b)
+        self.attrsub_lora_A[adapter] = nn.Parameter(a)
+        self.attrsub_lora_B[adapter] = nn.Parameter(b)
         self._finish(adapter, inference_mode)
 
     def shared(self, key: str) -> Bases | None:
@@ -121,9 +121,6 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
                 del getattr(self, name)[adapter]
         p = config.dropout
         self.attrsub_dropout[adapter] = nn.Dropout(p) if p > 0 else nn.Identity()
-
-    def _new_parameter(self, value: Tensor) -> nn.Parameter:
-        return nn.Parameter(value)
 
     def _finish(self, adapter: str, inference_mode: bool) -> None:
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -182,13 +179,12 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         return adapter in self.attrsub_M or adapter in self.attrsub_lora_A
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """scaling * A M B^T in the layout of the base weight."""
+        """scaling * A M B^T in the layout of the base weight, in float32 (or wider)."""
         a, core, b = self.factors(adapter)
-        dtype = a.dtype if core is None else torch.promote_types(core.dtype, torch.float32)
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = torch.promote_types(a.dtype, torch.float32)
         left = a.to(wide) if core is None else a.to(wide) @ core.to(wide)
         delta = (left @ b.to(wide).T) * self.scaling[adapter]
-        return self.layout.as_weight(delta, self.fan_in_fan_out).to(dtype)
+        return self.layout.as_weight(delta, self.fan_in_fan_out)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

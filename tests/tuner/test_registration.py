@@ -9,7 +9,9 @@ from pathlib import Path
 
 import peft
 import pytest
-from peft import PeftConfig, PeftType
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftType, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import peft_attrsub
 from peft_attrsub import AttrSubspaceConfig, AttrSubspaceModel
@@ -85,3 +87,17 @@ def test_the_plain_name_is_read_too(tmp_path):
     assert registration.SAVED_TYPE in text
     path.write_text(text.replace(registration.SAVED_TYPE, "ATTRSUB"))
     assert PeftConfig.from_pretrained(str(tmp_path)).peft_type is PeftType.ATTRSUB
+
+
+def test_auto_classes_find_the_base_model_and_the_method(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    settings = AttrSubspaceConfig(basis="random", dim=4, task_type="CAUSAL_LM", init_weights=False)
+    model = get_peft_model(base, settings)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not torch.equal(loaded(ids).logits, loaded.unload()(ids).logits)
