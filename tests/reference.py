@@ -28,11 +28,7 @@ class DenseIRLS:
 
 def as_dense(delta) -> np.ndarray:
     """Any tensor or array as a float64 numpy matrix."""
-    return (
-        delta.detach().cpu().double().numpy()
-        if isinstance(delta, torch.Tensor)
-        else np.asarray(delta, np.float64)
-    )
+    return delta.detach().cpu().double().numpy() if isinstance(delta, torch.Tensor) else np.asarray(delta, np.float64)
 
 
 def adapter_scale(deltas) -> float:
@@ -81,11 +77,7 @@ def projector(columns) -> np.ndarray:
 def span_projector(*blocks) -> np.ndarray:
     """Projector onto the joint span of any columns, by scipy's SVD-based `orth`."""
     columns = np.concatenate([as_dense(b) for b in blocks], axis=1)
-    return (
-        projector(scipy.linalg.orth(columns, rcond=1e-6))
-        if columns.size
-        else np.zeros((columns.shape[0],) * 2)
-    )
+    return projector(scipy.linalg.orth(columns, rcond=1e-6)) if columns.size else np.zeros((columns.shape[0],) * 2)
 
 
 def largest_angle(X, Y) -> float:
