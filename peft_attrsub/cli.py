@@ -91,7 +91,7 @@ def build(
         )
         if not main:
             return
-        basis.config.command = _command(adapters)
+        basis.config.command = _command()
         basis.save_pretrained(output, overwrite=overwrite)
         _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
 
@@ -129,7 +129,7 @@ def combine(
     def work() -> None:
         check_writable(output, CONFIG_NAME, overwrite)
         whole = Basis.combine([Basis.from_pretrained(name) for name in bases])
-        whole.config.command = _command(bases)
+        whole.config.command = _command()
         whole.save_pretrained(output, overwrite=overwrite)
         _tell(cli_text.summary(whole), as_json, lambda record: cli_text.built(record, str(output)))
 
@@ -226,9 +226,13 @@ def _is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _command(names: list[str]) -> str:
+def _command() -> str:
     """The command line that made a basis, for its card; absolute paths tell only their last part."""
-    words = [Path(w).name if os.path.isabs(w) else w for w in sys.argv[1:]]
+    words = []
+    for word in sys.argv[1:]:
+        name, equals, path = word.partition("=")
+        last = Path(path or word).name
+        words.append(f"{name}={last}" if equals and os.path.isabs(path) else last if os.path.isabs(word) else word)
     return shlex.join(["peft-attrsub", *words]) if words else ""
 
 

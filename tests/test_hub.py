@@ -39,7 +39,8 @@ def hub(tmp_path):
     for i in range(2):
         lora = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
         get_peft_model(base(), lora).save_pretrained(root / "someone" / f"texture-{i}")
-    build_basis([root / "someone" / f"texture-{i}" for i in range(2)], dim=2).save_pretrained(root / "someone" / "basis")
+    adapters = [root / "someone" / f"texture-{i}" for i in range(2)]
+    build_basis(adapters, dim=2).save_pretrained(root / "someone" / "basis")
     with serve(root) as (address, asked):
         yield root, address, asked
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -29,7 +31,9 @@ def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool =
     final = Path(target)
     check_writable(final, marker, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    _clear_abandoned(final)
+    prefix = f".{final.name}.partial-{platform.node()}-{os.getpid()}-"
+    beside = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
     try:
         yield beside
         for path in beside.rglob("*"):
@@ -42,6 +46,19 @@ def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool =
         _swap_in(beside, final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _clear_abandoned(final: Path) -> None:
+    """Remove what a killed process of this machine left while it was writing the same folder."""
+    prefix = f".{final.name}.partial-{platform.node()}-"
+    for path in final.parent.glob(f"{glob.escape(prefix)}*"):
+        owner = path.name.removeprefix(prefix).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (ValueError, OSError):
+            continue
 
 
 def check_writable(final: Path, marker: str, overwrite: bool) -> None:

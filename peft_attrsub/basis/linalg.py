@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Below this ratio of Cholesky pivots the Gram matrix has lost half of float64's digits.
-_SAFE_PIVOT = 1e-6
+_SAFE_PIVOT = 1e-5
 
 
 def cholesky_r(x: Tensor) -> Tensor | None:

@@ -1,7 +1,11 @@
 """kill -9 at any moment: the final name holds a whole basis or nothing, and the next run succeeds."""
 
+import os
+import platform
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -151,3 +155,15 @@ def test_interrupted_by_the_user(cli, large, tmp_path):
     assert result.code != 0, "it was too late: make the run slower"
     assert list(parent.iterdir()) == []
     assert "Traceback" not in result.err
+
+
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path, cli, adapters):
+    # a pid that has ended, and one that lives: only the first one's remains may go
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = (tmp_path / f".basis.partial-{platform.node()}-{pid}-x" for pid in (ended.pid, os.getpid()))
+    for folder in (dead, alive):
+        folder.mkdir()
+    result = cli("build-basis", adapters / "texture-0", "-o", tmp_path / "basis")
+    assert result.code == 0, result.err
+    assert not dead.exists() and alive.exists()

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow  # compiling costs tens of seconds
 def test_one_graph_with_the_same_outputs_and_gradients(options):
     torch.compiler.reset()
     base = MLP.base()
-    config = AttrSubspaceConfig(basis="psv", dim=3, init_weights=False, **{"target_modules": ["up", "down"], **options})
+    options = {"target_modules": ["up", "down"], **options}
+    config = AttrSubspaceConfig(basis="psv", dim=3, init_weights=False, **options)
     model = get_peft_model(base, config)
     x = torch.randn(5, 12)
     model(x).square().sum().backward()

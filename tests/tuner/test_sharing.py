@@ -60,7 +60,8 @@ def test_a_saved_adapter_holds_cores_and_a_pinned_pointer_only(saved):
 
     model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis=str(saved / "basis")))
     model.save_pretrained(saved / "adapter")
-    assert {key.rpartition(".")[2] for key in load_file(saved / "adapter" / "adapter_model.safetensors")} == {"attrsub_M"}
+    tensors = load_file(saved / "adapter" / "adapter_model.safetensors")
+    assert {key.rpartition(".")[2] for key in tensors} == {"attrsub_M"}
     config = AttrSubspaceConfig.from_pretrained(str(saved / "adapter"))
     assert config.basis == str(saved / "basis") and len(config.basis_digest) == 64
 
