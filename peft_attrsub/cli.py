@@ -16,10 +16,10 @@ import typer
 from . import __version__, cli_text
 from .basis import Basis, BasisError, build_basis
 from .basis.adapters import CONFIG as ADAPTER_CONFIG
-from .basis.basis import DTYPES
 from .basis.config import CONFIG_NAME
 from .basis.files import check_writable
 from .basis.naming import check_attribute
+from .basis.storage import DTYPES
 from .tuner import export_lora, project_lora
 
 app = typer.Typer(

@@ -20,12 +20,12 @@ from .files import atomic_folder, fetch
 from .joint import check_columns, orthonormalise, spectral_weights
 from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
+from .saving import write_basis
 from .storage import (
     CHUNK,
+    DTYPES,
     FACTORS,
-    INDEX_NAME,
     RECORDS,
-    TENSORS_NAME,
     FileStore,
     MemoryStore,
     chunk_hashes,
@@ -34,8 +34,6 @@ from .storage import (
 )
 
 _PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 Dim = int | Mapping[str, int] | None
 
 
@@ -280,8 +278,6 @@ class Basis:
 
         An existing basis is refused without `overwrite`; anything else in the way is never replaced.
         """
-        from .saving import write_basis
-
         with atomic_folder(folder, CONFIG_NAME, overwrite) as beside:
             config = write_basis(self, beside, dtype, max_shard_size)
             name = os.path.basename(os.path.abspath(folder))
@@ -379,6 +375,3 @@ def _check_same_model(first: Basis, other: Basis) -> None:
         )
     if a.base_model and b.base_model and a.base_model != b.base_model:
         raise BasisError(f"the bases belong to different base models, {a.base_model!r} and {b.base_model!r}.")
-
-
-__all__ = ["DTYPES", "INDEX_NAME", "TENSORS_NAME", "Basis", "Dim", "check_dims"]

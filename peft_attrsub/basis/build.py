@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .adapters import LoraAdapter
 from .allocation import by_energy, by_gap, by_importance, effective_rank, parse_rule
-from .basis import DTYPES, Basis
+from .basis import Basis
 from .config import AttributeRecord, SourceRecord
 from .errors import BasisError
 from .irls import Dimension, IrlsSettings, SharedSubspace, first_spectrum, shared_subspace
@@ -23,6 +23,7 @@ from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
 from .sources import common_base_model, common_modules
+from .storage import DTYPES
 from .weights import weight_spectrum
 
 T = TypeVar("T")

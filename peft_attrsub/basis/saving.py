@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, BasisConfig
 from .errors import BasisError
-from .storage import FACTORS, INDEX_NAME, TENSORS_NAME, chunk_hashes, read_records, tensor_hash
+from .storage import DTYPES, FACTORS, INDEX_NAME, TENSORS_NAME, chunk_hashes, read_records, tensor_hash
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> BasisConfig:
     """Write tensors and config of `basis` into `folder`; return the config with hashes and digest."""
-    from .basis import DTYPES
-
     if dtype is not None and dtype not in DTYPES.values():
         raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
     tensors: dict[str, Tensor] = {}

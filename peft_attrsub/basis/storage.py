@@ -26,6 +26,7 @@ from .errors import BasisError
 
 FACTORS = ("Ut", "S", "Vt")
 RECORDS = ("first", "last", "weights", "residuals", "energy")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Directions per sha256.
 CHUNK = 16
 TENSORS_NAME = "basis.safetensors"
