@@ -53,6 +53,20 @@ def test_state_dict_into_another_model_under_another_name(case, basis):
     assert same(run(other, case), expected, 1e-6)
 
 
+def test_one_adapter_takes_one_state_dict_after_another():
+    # swapping what a live adapter stands for: each state dict brings a basis of its own, and the last one counts
+    model = MLP.peft("random", seed=0)
+    sources = [MLP.peft("random", seed=seed, draw=seed, init_weights=False) for seed in (1, 2, 3, 1)]
+    for source in sources:
+        set_peft_model_state_dict(model, get_peft_model_state_dict(source))
+        assert same(run(model, MLP), run(source, MLP), 1e-6)
+    model.add_adapter("other", MLP.config("random", seed=4, init_weights=False))
+    model.set_adapter("other")
+    expected = run(model, MLP)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(sources[1]))
+    assert torch.equal(run(model, MLP), expected)
+
+
 @every_basis
 @every_case
 def test_injection_round_trip(case, basis):
