@@ -83,9 +83,7 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_every_folder_is_a_room_of_the_table() -> None:
     rooms = {path.relative_to(ROOT / PACKAGE).parts[0] for path in FILES if path.parent != ROOT / PACKAGE}
     assert rooms, "no room was found: the package is not where this test looks for it"
-    assert rooms <= set(MAY_IMPORT), (
-        f"{sorted(rooms - set(MAY_IMPORT))} are missing from the table MAY_IMPORT"
-    )
+    assert rooms <= set(MAY_IMPORT), f"{sorted(rooms - set(MAY_IMPORT))} are missing from the table MAY_IMPORT"
 
 
 def test_the_table_has_no_circle() -> None:

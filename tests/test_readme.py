@@ -150,9 +150,7 @@ def test_readme_runs(tmp_path: Path) -> None:
     command.chmod(0o755)
 
     search = {"PATH": str(bin_folder), "PYTHONPATH": str(ROOT)}
-    merged = {
-        name: os.pathsep.join(filter(None, [first, os.environ.get(name)])) for name, first in search.items()
-    }
+    merged = {name: os.pathsep.join(filter(None, [first, os.environ.get(name)])) for name, first in search.items()}
     done = subprocess.run(
         [sys.executable, str(runner), str(plan), "README.md"],
         cwd=folder,

@@ -90,6 +90,8 @@ def test_the_whole_model_can_be_cast(basis, dtype):
     exact = run(model, MLP)
     model.to(dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    frozen = [held["default"] for la in layers(model).values() for held in (la.attrsub_A, la.attrsub_B)]
+    assert {tensor.dtype for tensor in frozen} == {dtype}
     cast = run(model, MLP, dtype)
     assert cast.dtype == dtype and same(cast.float(), exact, 4 * TOLERANCE[dtype])
     assert same(run(model.merge_and_unload(), MLP, dtype).float(), exact, 4 * TOLERANCE[dtype])
