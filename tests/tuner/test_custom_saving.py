@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from peft_attrsub import AttrSubspaceConfig
 
-from .checks import cores, deltas, every_basis, every_case, layers, learn, no_warning, run, same
+from .checks import cores, deltas, every_basis, every_case, layers, learn, no_warning, run, same, since_peft_021
 from .models import BASES, MLP, Case, TokenModel, ids, mined
 
 
@@ -275,6 +275,16 @@ def test_a_custom_model_has_no_embedding_layers_to_save(tmp_path):
     assert not any("base_layer" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
+@every_basis
+@every_case
+def test_ignoring_mismatched_sizes_ignores_nothing_that_matches(case, basis, tmp_path):
+    model = trained(case, basis)
+    model.save_pretrained(tmp_path)
+    loaded = reload(case, tmp_path, ignore_mismatched_sizes=True)
+    assert same(run(loaded, case), run(model, case), 1e-6)
+
+
+@since_peft_021
 @every_basis
 def test_saved_modules_may_hold_scalars(basis, tmp_path):
     def base():
