@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def main_comparison(bench: Bench) -> dict:
                 errors[name].update(slow[name][module].pop("errors"))
 
     def reads(_: int) -> None:
-        seen["read_only_cold"].append(bench.job("read_only", full, drop_cache=True))
+        if hasattr(os, "posix_fadvise"):  # else the system cannot be told to drop a file
+            seen["read_only_cold"].append(bench.job("read_only", full, drop_cache=True))
         seen["read_only_warm"].append(bench.job("read_only", full))
 
     turns = [reads, lambda r: seen["ours"].append(bench.job("ours", full)), lambda r: slow_part("dense", r)]
@@ -106,7 +108,7 @@ def main_comparison(bench: Bench) -> dict:
         seen["lorashare"] = [bench.job("lorashare", full)]
         slow["lorashare"] = {}
 
-    rows = {name: measured(runs) for name, runs in seen.items()}
+    rows = {name: measured(runs) for name, runs in seen.items() if runs}
     per_shape = len(bench.shapes) // len(bench.one_each)
     for name, parts in slow.items():
         if parts:
@@ -145,9 +147,7 @@ def mean(values) -> float:
     return round(sum(values) / len(values), 5)
 
 
-def measured(runs: list[dict]) -> dict | None:
-    if not runs:
-        return None
+def measured(runs: list[dict]) -> dict:
     return {
         "extrapolated": False,
         "seconds": summary(r["seconds"] for r in runs),
@@ -160,7 +160,7 @@ def measured(runs: list[dict]) -> dict | None:
 
 
 def extrapolated(parts: dict[str, dict], times: int) -> dict:
-    row = measured(list(parts.values())) or {}
+    row = measured(list(parts.values()))
     for key in ("seconds", "cpu_seconds"):
         row[key] = {"median": round(times * sum(p[key] for p in parts.values()), 2)}
     per_module = {m: round(p["seconds"], 3) for m, p in parts.items()}
@@ -215,7 +215,7 @@ def scaling(bench: Bench) -> dict:
         result[axis] = []
         for value, (adapters, modules) in row.items():
             runs = seen[axis][value]
-            line = measured(runs) or {}
+            line = measured(runs)
             result[axis].append({
                 axis: value, "k": len(adapters), "modules": modules, "stacked_rank": len(adapters) * bench.rank,
                 "seconds_per_module": round(line["seconds"]["median"] / modules, 4),
