@@ -154,7 +154,7 @@ class AttrSubspaceConfig(PeftConfig):
     def generated_dim(self) -> int:
         if self.dim is None:
             return _GENERATED_DIM
-        if not isinstance(self.dim, int) or self.dim < 1:
+        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim < 1:
             raise ValueError(f"dim={self.dim!r} is no positive whole number.")
         return self.dim
 

@@ -222,6 +222,13 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
             else:
                 weight -= self.get_delta_weight(adapter).to(weight)
 
+    def unmerged_weight(self) -> Tensor:
+        """The base weight without the adapters that are merged into it at the moment."""
+        weight = self.get_base_weight()
+        for adapter in self.merged_adapters:
+            weight = weight - self.get_delta_weight(adapter).to(weight)
+        return weight
+
     def _require_merging(self) -> None:
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:

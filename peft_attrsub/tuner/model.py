@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -52,6 +58,8 @@ class AttrSubspaceModel(BaseTuner):
                 peft_config.target_modules = "all-linear"
             else:
                 peft_config.target_modules = []
+        _maybe_include_all_linear_layers(peft_config, model)
+        self._check_targets(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's entry point for a new adapter; says afterwards which directions were dropped."""
@@ -83,21 +91,13 @@ class AttrSubspaceModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"module {current_key!r} is inside an nn.MultiheadAttention, which reads its weight without calling "
-                "it, so an adapter there would do nothing: exclude it with exclude_modules."
-            )
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layout = self._layout(base, current_key)
+        admitted = self._admit(peft_config, target, parent, current_key)
+        if admitted is None:
+            return
+        layout, as_lora = admitted
         if layout.kind != "linear":
             peft_config.module_layouts = {**(peft_config.module_layouts or {}), current_key: layout.to_dict()}
-        as_lora = bool(check_target_module_exists(_LoraTargets(peft_config), current_key))
-        if not as_lora and peft_config.missing == "skip" and not self._provider.covers(current_key):
-            return
-        if not as_lora:
-            self._provider.check_covers(current_key, layout)
-        layer = target if isinstance(target, AttrSubspaceLayer) else self._new_layer(target, base, layout, peft_config)
+        layer = target if isinstance(target, AttrSubspaceLayer) else self._new_layer(target, layout, peft_config)
         if as_lora:
             layer.add_lora(adapter_name, peft_config, peft_config.inference_mode)
         else:
@@ -110,6 +110,34 @@ class AttrSubspaceModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         elif adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
+
+    def _admit(
+        self, config: AttrSubspaceConfig, target: nn.Module, parent: nn.Module, name: str
+    ) -> tuple[ModuleLayout, bool] | None:
+        """Layout of a targeted module, and whether it gets a plain LoRA; None to skip it; else a sentence."""
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"module {name!r} is inside an nn.MultiheadAttention, which reads its weight without calling "
+                "it, so an adapter there would do nothing: exclude it with exclude_modules."
+            )
+        layout = self._layout(_unwrapped(target), name)
+        as_lora = bool(check_target_module_exists(_LoraTargets(config), name))
+        if not as_lora:
+            if config.missing == "skip" and not self._provider.covers(name):
+                return None
+            self._provider.check_covers(name, layout)
+        return layout, as_lora
+
+    def _check_targets(self, config: AttrSubspaceConfig, model: nn.Module) -> None:
+        """Refuse what cannot be adapted before anything is: a refused config leaves the model as it was."""
+        inside: tuple[str, ...] = ()
+        for name, module in list(model.named_modules()):
+            if not name or name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+            if self._check_target_module_exists(config, name):
+                self._admit(config, module, model.get_submodule(name.rpartition(".")[0]), name)
 
     def _layout(self, base: nn.Module, name: str) -> ModuleLayout:
         layout = ModuleLayout.of(base)
@@ -124,9 +152,8 @@ class AttrSubspaceModel(BaseTuner):
             "Conv1d, Conv2d, Conv3d, Embedding and quantised linear layers; change target_modules."
         )
 
-    def _new_layer(
-        self, target: nn.Module, base: nn.Module, layout: ModuleLayout, config: AttrSubspaceConfig
-    ) -> AttrSubspaceLayer:
+    def _new_layer(self, target: nn.Module, layout: ModuleLayout, config: AttrSubspaceConfig) -> AttrSubspaceLayer:
+        base = _unwrapped(target)
         transposed = isinstance(base, Conv1D)
         if config.fan_in_fan_out and not transposed and layout.kind == "linear":
             warnings.warn(
@@ -144,7 +171,7 @@ class AttrSubspaceModel(BaseTuner):
             return held
         weight = None
         if config.basis == "psv":
-            weight = layer.layout.as_matrix(layer.get_base_weight(), layer.fan_in_fan_out)
+            weight = layer.layout.as_matrix(layer.unmerged_weight(), layer.fan_in_fan_out)
             if weight.device.type == "meta":
                 raise BasisError(f"basis='psv' needs the weight of {module!r}, which is on the meta device: load it.")
         return self._provider.make(module, layer.layout, weight)
@@ -157,6 +184,16 @@ class AttrSubspaceModel(BaseTuner):
             if isinstance(layer, AttrSubspaceLayer) and layer.has(adapter_name):
                 layer.delete_adapter(adapter_name)
                 self.active_adapter = layer.active_adapters[:]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops adapter_names for methods that do not take them; a wrong answer in silence would follow.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names asks for a different adapter per sample, which this version cannot do yet: "
+                "call the model once per adapter, with set_adapter before each."
+            )
+        yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -181,6 +218,11 @@ class AttrSubspaceModel(BaseTuner):
         Raises ValueError if the adapters stand on different bases or modules.
         """
         add_weighted_adapter(self, list(adapters), list(weights), adapter_name)
+
+
+def _unwrapped(target: nn.Module) -> nn.Module:
+    base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return base
 
 
 class _LoraTargets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -125,8 +126,11 @@ class SharedBases(nn.Module):
         current = self[adapter]
         value = value.to(device=current.device, dtype=current.dtype)
         equal = (k for k, t in self._tensors.items() if t.shape == value.shape and torch.equal(t, value))
-        key = next(equal, f"saved:{adapter}")
-        self._tensors.setdefault(key, value.clone())
+        key = next(equal, None)
+        if key is None:
+            # A key that nobody holds: an earlier load into this adapter may be shared by others by now.
+            key = next(k for i in itertools.count() if (k := f"loaded:{adapter}:{i}") not in self._tensors)
+            self._tensors[key] = value.clone()
         old, self._key_of[adapter] = self._key_of[adapter], key
         if old not in self._key_of.values():
             del self._tensors[old]

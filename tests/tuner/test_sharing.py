@@ -97,3 +97,18 @@ def test_the_input_is_not_kept_for_the_core_gradient():
     core = model.base_model.model[0].attrsub_M["default"]
     a, b = (getattr(model.base_model.model[0], n)["default"] for n in ("attrsub_A", "attrsub_B"))
     torch.testing.assert_close(core.grad, a.T @ torch.ones(48, 100) @ x.detach() @ b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_refused_config_leaves_the_model_as_it_was():
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    before = {name: type(module) for name, module in base.named_modules()}
+    with pytest.raises(ValueError, match="BatchNorm1d"):
+        get_peft_model(base, AttrSubspaceConfig(basis="random", dim=2, target_modules=["0", "1"]))
+    assert {name: type(module) for name, module in base.named_modules()} == before
+
+
+def test_a_different_adapter_per_sample_is_refused_not_ignored():
+    model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis="random", dim=2, target_modules=["up"]))
+    model.add_adapter("second", AttrSubspaceConfig(basis="random", dim=2, target_modules=["up"]))
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(torch.randn(2, 12), adapter_names=["default", "second"])
