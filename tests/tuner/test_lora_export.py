@@ -112,13 +112,13 @@ def test_ranks_that_differ_between_modules_stand_in_the_patterns(tmp_path):
 def test_grouped_convolutions_are_refused_by_name(tmp_path):
     grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
     model = get_peft_model(grouped, AttrSubspaceConfig(basis="random", dim=2, target_modules=["0"]))
-    with pytest.raises(BasisError, match="'0'.*2 groups"):
+    with pytest.raises(BasisError, match=r"'0'.*2 groups"):
         export_lora(model, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_adapter_is_named_with_those_there_are(tmp_path):
-    with pytest.raises(BasisError, match="'other'.*default"):
+    with pytest.raises(BasisError, match=r"'other'.*default"):
         export_lora(adapted(), tmp_path / "lora", adapter_name="other")
 
 
