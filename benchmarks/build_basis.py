@@ -22,6 +22,7 @@ from _common import header, median, run_child, summary, table, write_result
 RULES = {
     "seconds": "from the adapters' paths to the basis in memory, without imports; median over rounds; files in the "
     "page cache unless the row says cold. cpu_seconds adds up all threads",
+    "times_ours": "median over rounds of contender / ours in the same round; the extrapolated against ours' median",
     "peak_rss_mib": "the kernel's high-water mark of resident memory minus its value after the imports; pages of the "
     "adapter files that are mapped count. peak_anon_mib: anonymous memory only, sampled every 5 ms",
     "read_only": "every tensor of every file copied once into memory; cold: the page cache was told to drop the files",
@@ -31,6 +32,8 @@ RULES = {
     "memory is that of the largest of these modules; on a whole model it first keeps every full eigenvector matrix",
     "error": "||dW_i - approximation||_F / ||dW_i||_F per adapter and module, then the mean. Ours: U U^T dW_i V V^T. "
     "Peers: their own reconstruct(), with every adapter's true scaling supplied, which vLoRA does not keep",
+    "scaling": "four modules of one block (against k) or two square ones (against m), median of three runs; so few "
+    "modules are one chunk, which one thread works through, while a whole model keeps every core busy",
     "matching": "as a basis, ours and lorashare hold d (n + m) numbers per module; per adapter ours adds d^2 and "
     "lorashare 2 d r. One vLoRA component holds r (n + m), so it gets ceil(d / r) of them, and its mean, another "
     "r (n + m), for free; with as many components as adapters it stores the adapters themselves",
@@ -115,10 +118,13 @@ def main_comparison(bench: Bench) -> dict:
             rows[name] = extrapolated(parts, per_shape)
     for peer in bench.peers:
         rows[peer] = rows.get(peer) or "not installed"
-    ours = rows["ours"]["seconds"]["median"]
-    for row in rows.values():
+    ours = [run["seconds"] for run in seen["ours"]]
+    for name, row in rows.items():
         if isinstance(row, dict):
-            row["times_ours"] = round(row["seconds"]["median"] / ours, 3)
+            # Round by round where the contender ran in every round.
+            pairs = zip((run["seconds"] for run in seen.get(name, [])), ours, strict=False)
+            ratios = [theirs / own for theirs, own in pairs] or [row["seconds"]["median"] / median(ours)]
+            row["times_ours"] = round(median(ratios), 3)
     return {
         "adapters": {
             "count": len(full),
