@@ -168,7 +168,9 @@ class _Job:
     def _each(self, attribute: str, work: Callable[[str, list[Tensor], list[Tensor]], T], title: str) -> dict[str, T]:
         """`work` on every module of this process' share; the results of all processes, in order."""
         names, main = process_share(list(self.layouts))
-        chunks = [names[i : i + _CHUNK] for i in range(0, len(names), _CHUNK)]
+        # A small model is still shared out over all threads.
+        size = max(1, min(_CHUNK, len(names) // max(1, torch.get_num_threads())))
+        chunks = [names[i : i + size] for i in range(0, len(names), size)]
         found: dict[str, T] = {}
         bar = tqdm(total=len(names), desc=title, unit="module", disable=None if self.progress and main else True)
 

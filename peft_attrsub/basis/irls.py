@@ -215,8 +215,9 @@ class _Core:
 
     def residuals(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         shared = (u * s) @ v.T  # [R, R]
-        parts = [shared - self._rp[:, i] @ self._rq[:, i].T for i in self._slices]
-        return torch.stack([torch.linalg.matrix_norm(part) for part in parts])
+        # One adapter at a time: k matrices of R x R would be the largest thing in memory.
+        norms = [torch.linalg.matrix_norm(shared - self._rp[:, i] @ self._rq[:, i].T) for i in self._slices]
+        return torch.stack(norms)
 
     def energy(self, u: Tensor, v: Tensor) -> Tensor:
         x, y = u.T @ self._rp, v.T @ self._rq  # [d, R]

@@ -131,13 +131,22 @@ class AttrSubspaceModel(BaseTuner):
     def _check_targets(self, config: AttrSubspaceConfig, model: nn.Module) -> None:
         """Refuse what cannot be adapted before anything is: a refused config leaves the model as it was."""
         inside: tuple[str, ...] = ()
+        skipped, admitted = [], False
         for name, module in list(model.named_modules()):
             if not name or name.startswith(inside):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside += (f"{name}.",)
             if self._check_target_module_exists(config, name):
-                self._admit(config, module, model.get_submodule(name.rpartition(".")[0]), name)
+                if self._admit(config, module, model.get_submodule(name.rpartition(".")[0]), name) is None:
+                    skipped.append(name)
+                else:
+                    admitted = True
+        if skipped and not admitted:
+            raise BasisError(
+                f"missing='skip' skips all targeted modules ({some(skipped)}): the basis has none of them, "
+                f"it has {some(self._provider.modules)}."
+            )
 
     def _layout(self, base: nn.Module, name: str) -> ModuleLayout:
         layout = ModuleLayout.of(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class BasisProvider:
     def basis(self) -> Basis | None:
         return self._basis
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """Modules that the basis covers with at least one direction."""
         if self._basis is None:
@@ -44,7 +45,11 @@ class BasisProvider:
         return [m for m in basis.modules if any(basis.dim(m, a) for a in basis.attributes)]
 
     def covers(self, module: str) -> bool:
-        return self._basis is None or module in set(self.modules)
+        return self._basis is None or module in self._covered
+
+    @cached_property
+    def _covered(self) -> frozenset[str]:
+        return frozenset(self.modules)
 
     def check_covers(self, module: str, layout: ModuleLayout) -> None:
         """Raise a sentence if the basis lacks the module or has it in another shape."""

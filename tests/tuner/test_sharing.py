@@ -112,3 +112,10 @@ def test_a_different_adapter_per_sample_is_refused_not_ignored():
     model.add_adapter("second", AttrSubspaceConfig(basis="random", dim=2, target_modules=["up"]))
     with pytest.raises(ValueError, match="adapter_names"):
         model(torch.randn(2, 12), adapter_names=["default", "second"])
+
+
+def test_skipping_every_module_is_an_error(saved):
+    base = nn.Sequential(nn.Linear(8, 8))
+    config = AttrSubspaceConfig(basis=str(saved / "basis"), target_modules=["0"], missing="skip")
+    with pytest.raises(ValueError, match=r"'0'.*'up'"):
+        get_peft_model(base, config)
