@@ -8,6 +8,7 @@ trained and there is no core.
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -277,9 +278,9 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
             if adapter in held:
                 held.cast(adapter, device, None)
 
+    @abstractmethod
     def _into(self, x: Tensor, b: Tensor) -> Tensor:
         """B^T x: (..., m) -> (..., D_B)."""
-        raise NotImplementedError
 
     def _mix(self, z: Tensor, core: Tensor) -> Tensor:
         """M z: (..., D_B) -> (..., D_A)."""
