@@ -21,11 +21,15 @@ __all__ = ["built", "described", "natural_key", "plan", "projected", "summary"]
 
 def plan(groups: dict[str, list[str]], output: Path, dim: int, allocation: str, alpha: float) -> str:
     """What build-basis is about to do."""
-    lines = [f"{sum(map(len, groups.values()))} adapters in {len(groups)} attributes:"]
+    lines = [f"{_count(sum(map(len, groups.values())), 'adapter')} in {_count(len(groups), 'attribute')}:"]
     width = max(map(len, groups))
     lines += [f"  {name:<{width}}  {len(members):>3}: {some(members)}" for name, members in groups.items()]
     lines.append(f"mining dim {dim} ({allocation}), alpha {alpha:g}, into {str(output)!r}")
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def summary(basis: Basis) -> dict[str, Any]:
