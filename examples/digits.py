@@ -106,7 +106,7 @@ def list_methods(settings: Settings) -> list[Method]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="The attribute-subspace method end to end, on scikit-learn's handwritten digits.",
-        epilog="About five minutes on two CPU cores; about one with --quick, whose numbers mean nothing.",
+        epilog="Three to five minutes on two CPU cores; about one with --quick, whose numbers mean nothing.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="output folder (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help=f"fine-tuning runs per method (default: {FULL.seeds})")
