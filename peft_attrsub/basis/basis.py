@@ -23,11 +23,11 @@ from .naming import check_attribute, natural_key, nearest, some
 from .saving import write_basis
 from .storage import (
     CHUNK,
-    DTYPES,
     FACTORS,
     RECORDS,
     FileStore,
     MemoryStore,
+    check_dtype,
     chunk_hashes,
     read_records,
     tensor_hash,
@@ -192,8 +192,7 @@ class Basis:
         """
         if not factors or not any(factors.values()):
             raise BasisError("from_factors got no subspace: give {attribute: {module: (U, S, V)}}.")
-        if dtype not in DTYPES.values():
-            raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+        check_dtype(dtype)
         names = sorted(next(iter(factors.values())), key=natural_key)
         tensors: dict[str, Tensor] = dict(extras or {})
         shapes: dict[str, ModuleLayout] = {}
@@ -227,10 +226,16 @@ class Basis:
     def digest(self) -> str:
         """sha256 over attributes, module names, shapes and bytes of all U, S, V: what A and B are made from.
 
-        A basis that was saved carries it; else it is computed once.
+        Computed once, from the recorded hashes where the basis was saved, else from its tensors.
         """
         if self._digest is None:
-            self._digest = self._compute_digest(self._hashes)
+            digest = hashlib.sha256(b"peft_attrsub basis 1\n")
+            for module, layout in self.config.modules.items():
+                digest.update(f"{module} {json.dumps(layout.to_dict(), sort_keys=True)}\n".encode())
+            for attribute in self.attributes:
+                for module in self.modules:
+                    digest.update(f"{attribute} {module} {' '.join(self._hashes(module, attribute))}\n".encode())
+            self._digest = digest.hexdigest()
         return self._digest
 
     def verify(self) -> None:
@@ -250,15 +255,6 @@ class Basis:
                 f"the basis {self.source!r} has digest {self.digest}, its config says {self.config.digest}: "
                 "it was changed after it was saved; copy or build it again."
             )
-
-    def _compute_digest(self, hash_of: Callable[[str, str], list[str]]) -> str:
-        digest = hashlib.sha256(b"peft_attrsub basis 1\n")
-        for module, layout in self.config.modules.items():
-            digest.update(f"{module} {json.dumps(layout.to_dict(), sort_keys=True)}\n".encode())
-        for attribute in self.attributes:
-            for module in self.modules:
-                digest.update(f"{attribute} {module} {' '.join(hash_of(module, attribute))}\n".encode())
-        return digest.hexdigest()
 
     def _hashes(self, module: str, attribute: str) -> list[str]:
         known = self._record(attribute).hashes.get(module)

@@ -23,7 +23,7 @@ from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
 from .sources import common_base_model, common_modules
-from .storage import DTYPES
+from .storage import RECORDS, check_dtype
 from .weights import weight_spectrum
 
 T = TypeVar("T")
@@ -88,9 +88,13 @@ def build_basis(
     layouts = common_modules(flat, modules, on_missing)
     job = _Job(opened, layouts, settings, _device(device), progress)
     dims: dict[str, Mapping[str, Dimension]] = {}
+    by_weight = None
+    if rule in ("importance", "importance-literal") and isinstance(base_model, nn.Module):
+        # The weights are the same for every attribute, and no adapter is read for them.
+        by_weight = {m: effective_rank(weight_spectrum(base_model, m)) for m in layouts}
     for attribute in opened:
         if rule in ("importance", "importance-literal"):
-            ranks = job.effective_ranks(attribute, base_model if isinstance(base_model, nn.Module) else None)
+            ranks = job.effective_ranks(attribute) if by_weight is None else by_weight
             dims[attribute] = by_importance(ranks, job.limits(attribute), dim, rule == "importance-literal")
         else:
             rules: dict[str, Dimension] = {
@@ -108,14 +112,7 @@ def build_basis(
             raise BasisError(f"every update of attribute {attribute!r} is zero: its adapters were never trained.")
         factors[attribute] = {m: (x.u, x.s, x.v) for m, x in found.items()}
         for module, x in found.items():
-            parts = {
-                "first": x.first,
-                "last": x.last,
-                "weights": x.weights,
-                "residuals": x.residuals,
-                "energy": x.energy,
-            }
-            extras.update({f"{attribute}.{module}.{k}": v.float().contiguous() for k, v in parts.items()})
+            extras.update({f"{attribute}.{module}.{part}": getattr(x, part).contiguous() for part in RECORDS})
         records.append(
             AttributeRecord(
                 name=attribute,
@@ -150,15 +147,11 @@ class _Job:
 
         return self._each(attribute, one, f"mining {attribute}")
 
-    def effective_ranks(self, attribute: str, model: nn.Module | None) -> dict[str, float]:
-        def of_weight(module: str, left: list[Tensor], right: list[Tensor]) -> float:
-            assert model is not None
-            return effective_rank(weight_spectrum(model, module))
-
+    def effective_ranks(self, attribute: str) -> dict[str, float]:
         def of_update(module: str, left: list[Tensor], right: list[Tensor]) -> float:
             return effective_rank(first_spectrum(left, right))
 
-        return self._each(attribute, of_update if model is None else of_weight, f"ranks of {attribute}")
+        return self._each(attribute, of_update, f"ranks of {attribute}")
 
     def limits(self, attribute: str) -> dict[str, int]:
         """The most directions the updates of a module can span: min(n, m, stacked rank)."""
@@ -256,6 +249,5 @@ def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtyp
         raise BasisError(f"max_iter={max_iter!r} is no positive whole number.")
     if not tol >= 0:
         raise BasisError(f"tol={tol!r} is negative: give the relative change of the objective to stop at.")
-    if dtype not in DTYPES.values():
-        raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+    check_dtype(dtype)
     return IrlsSettings(alpha, eps, max_iter, tol)

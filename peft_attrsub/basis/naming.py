@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from .errors import BasisError
 
 _ATTRIBUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_PEFT_PREFIXES = ("base_model.model.", "base_model.")
+# Under which PEFT saves the modules of a model.
+PEFT_PREFIX = "base_model.model."
 
 
 def check_attribute(name: object) -> str:
@@ -30,7 +31,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 def strip_peft_prefix(key: str) -> str:
     """Module names as the base model has them: PEFT saves them under `base_model.model.`."""
-    for prefix in _PEFT_PREFIXES:
+    for prefix in (PEFT_PREFIX, "base_model."):
         if key.startswith(prefix):
             return key.removeprefix(prefix)
     return key

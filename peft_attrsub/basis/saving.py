@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import CONFIG_NAME, BasisConfig
-from .errors import BasisError
-from .storage import DTYPES, FACTORS, INDEX_NAME, TENSORS_NAME, chunk_hashes, read_records, tensor_hash
+from .storage import FACTORS, INDEX_NAME, TENSORS_NAME, check_dtype, chunk_hashes, read_records, tensor_hash
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> BasisConfig:
     """Write tensors and config of `basis` into `folder`; return the config with hashes and digest."""
-    if dtype is not None and dtype not in DTYPES.values():
-        raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+    if dtype is not None:
+        check_dtype(dtype)
     tensors: dict[str, Tensor] = {}
     records = []
     for attribute in basis.config.attributes:

@@ -121,6 +121,12 @@ class FileStore:
         return {**self.__dict__, "_handles": {}}
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype that a basis is not stored in."""
+    if dtype not in DTYPES.values():
+        raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+
+
 def chunk_hashes(ut: Tensor, s: Tensor, vt: Tensor) -> list[str]:
     """One sha256 for every CHUNK directions, so that a basis read in part is checked in part."""
     parts = dict(zip(FACTORS, (ut, s, vt), strict=True))

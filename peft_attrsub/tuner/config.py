@@ -124,7 +124,7 @@ class AttrSubspaceConfig(PeftConfig):
                 "basis is missing: give a folder or Hub id of a saved basis, a Basis, 'psv' or 'random', "
                 "e.g. AttrSubspaceConfig(basis='basis')."
             )
-        parts = self.basis if isinstance(self.basis, (list, tuple)) else [self.basis]
+        parts = self._parts
         for part in parts:
             if part is not None and not isinstance(part, (str, os.PathLike, Basis)):
                 raise ValueError(f"basis={part!r} is neither a name nor a Basis: give a folder, a Hub id or a Basis.")
@@ -144,6 +144,10 @@ class AttrSubspaceConfig(PeftConfig):
         value = getattr(self, name)
         if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")
+
+    @property
+    def _parts(self) -> list[Any]:
+        return list(self.basis) if isinstance(self.basis, (list, tuple)) else [self.basis]
 
     @property
     def generated(self) -> bool:
@@ -174,7 +178,7 @@ class AttrSubspaceConfig(PeftConfig):
         """
         if self.generated or self.basis is None:
             raise BasisError(f"basis={self.basis!r} is not a saved basis.")
-        parts = self.basis if isinstance(self.basis, (list, tuple)) else [self.basis]
+        parts = self._parts
         opened = [p if isinstance(p, Basis) else self._load(p) for p in parts]
         whole = opened[0] if len(opened) == 1 else Basis.combine(opened)
         if self.basis_digest and whole.digest != self.basis_digest:
@@ -199,7 +203,7 @@ class AttrSubspaceConfig(PeftConfig):
 
     def basis_pointer(self) -> str | list[str] | None:
         """The basis as JSON can hold it: names, or None for a basis that exists only in memory."""
-        parts = self.basis if isinstance(self.basis, (list, tuple)) else [self.basis]
+        parts = self._parts
         names = []
         for part in parts:
             name = part.source if isinstance(part, Basis) else part

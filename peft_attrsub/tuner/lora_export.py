@@ -10,27 +10,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..basis import BasisError
 from ..basis.adapters import CONFIG, WEIGHTS
-from ..basis.files import atomic_folder, fetch
+from ..basis.files import fetch
 from ..basis.layout import ModuleLayout
-from ..basis.naming import strip_peft_prefix
+from ..basis.naming import PEFT_PREFIX, strip_peft_prefix
+from .adapter_files import read_adapter, write_adapter
 from .config import AttrSubspaceConfig
 from .factors import Bases, assemble, slices_of, to_lora
 from .layer import AttrSubspaceLayer
 from .provider import BasisProvider
 from .targets import exact_targets
-
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -73,10 +69,7 @@ def export_lora(
     tensors = dict(rest)
     for name, item in modules.items():
         tensors.update(_tensors(name, item))
-    with atomic_folder(folder, CONFIG, overwrite) as beside:
-        lora.save_pretrained(str(beside))
-        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / WEIGHTS, metadata={"format": "pt"})
-    return os.fspath(folder)
+    return write_adapter(folder, lora, tensors, overwrite)
 
 
 def _base(model: PeftModel | BaseTuner) -> torch.nn.Module:
@@ -151,20 +144,6 @@ def _stored_bases(
     )
 
 
-def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
-    """Config and tensors of a saved attribute-subspace adapter."""
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise BasisError(f"{str(folder)!r} is no saved adapter: it needs {CONFIG} and {WEIGHTS}.")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, AttrSubspaceConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise BasisError(f"{str(folder)!r} holds a {kind} adapter, expected an attribute-subspace adapter.")
-    try:
-        return config, load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise BasisError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}.") from error
-
-
 def _export(
     name: str,
     a: Tensor,
@@ -185,7 +164,7 @@ def _export(
 
 
 def _tensors(name: str, item: _Exported) -> dict[str, Tensor]:
-    stem, layout, r = f"{_PREFIX}{name}", item.layout, item.left.shape[1]
+    stem, layout, r = f"{PEFT_PREFIX}{name}", item.layout, item.left.shape[1]
     if layout.kind == "embedding":
         return {f"{stem}.lora_embedding_A": item.right, f"{stem}.lora_embedding_B": item.left}
     a, b = item.right, item.left

@@ -9,18 +9,14 @@ import os
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..basis import Basis, BasisError, LoraAdapter
-from ..basis.adapters import CONFIG, WEIGHTS
 from ..basis.basis import Dim
-from ..basis.files import atomic_folder
-from ..basis.naming import nearest, some
+from ..basis.naming import PEFT_PREFIX, nearest, some
+from .adapter_files import write_adapter
 from .config import AttrSubspaceConfig
 from .factors import blocks_of
-
-_PREFIX = "base_model.model."
 
 
 @dataclass
@@ -74,18 +70,15 @@ def project_lora(
             kept += float(core.square().sum())
             energy[module] = float(core.square().sum()) / norm if norm > 0 else 1.0
             cores[module] = core.float()
-            tensors[f"{_PREFIX}{module}.attrsub_M"] = core.float()
+            tensors[f"{PEFT_PREFIX}{module}.attrsub_M"] = core.float()
             if whole.source is None:
-                tensors[f"{_PREFIX}{module}.attrsub_A"] = a
-                tensors[f"{_PREFIX}{module}.attrsub_B"] = b
-                tensors[f"{_PREFIX}{module}.attrsub_sizes"] = torch.tensor(blocks_of(slices))
+                tensors[f"{PEFT_PREFIX}{module}.attrsub_A"] = a
+                tensors[f"{PEFT_PREFIX}{module}.attrsub_B"] = b
+                tensors[f"{PEFT_PREFIX}{module}.attrsub_sizes"] = torch.tensor(blocks_of(slices))
     result = Projection(cores, energy, kept / total if total > 0 else 1.0)
     if output is not None:
         config = _config(lora, whole, part, dim, list(cores))
-        with atomic_folder(output, CONFIG, overwrite) as beside:
-            config.save_pretrained(str(beside))
-            save_file({k: v.contiguous() for k, v in tensors.items()}, beside / WEIGHTS, metadata={"format": "pt"})
-        result.folder = os.fspath(output)
+        result.folder = write_adapter(output, config, tensors, overwrite)
     return result
 
 
@@ -116,7 +109,7 @@ def _config(lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: lis
         basis_digest=whole.digest,
         basis_in_adapter=whole.source is None,
         attributes=part.attributes,
-        dim=dict(dim) if isinstance(dim, dict) else dim,  # type: ignore[arg-type]
+        dim=dim if dim is None or isinstance(dim, int) else dict(dim),
         target_modules=modules,
         module_layouts=layouts or None,
         base_model_name_or_path=lora.base_model,

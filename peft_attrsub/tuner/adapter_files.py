@@ -1,0 +1,40 @@
+"""Adapter folders: adapter_config.json and adapter_model.safetensors, read whole and written atomically."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..basis import BasisError
+from ..basis.adapters import CONFIG, WEIGHTS
+from ..basis.files import atomic_folder
+from .config import AttrSubspaceConfig
+
+
+def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
+    """Config and tensors of a saved attribute-subspace adapter."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise BasisError(f"{str(folder)!r} is no saved adapter: it needs {CONFIG} and {WEIGHTS}.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, AttrSubspaceConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise BasisError(f"{str(folder)!r} holds a {kind} adapter, expected an attribute-subspace adapter.")
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise BasisError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}.") from error
+
+
+def write_adapter(
+    folder: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor], overwrite: bool
+) -> str:
+    """Write an adapter folder in one step and return its name."""
+    with atomic_folder(folder, CONFIG, overwrite) as beside:
+        config.save_pretrained(str(beside))
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / WEIGHTS, metadata={"format": "pt"})
+    return os.fspath(folder)
