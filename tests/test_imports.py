@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": set(),
 }
 OUTSIDE = {"tests", "examples", "benchmarks"}  # the package never reaches into these
-HEAVY = ("typer", "matplotlib", "scipy", "sklearn", "bpy", "open3d")
+HEAVY = ("typer", "matplotlib", "plotly", "scipy", "sklearn", "bpy", "open3d")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
