@@ -94,7 +94,7 @@ class Basis:
         return self.record(module, attribute, "weights")
 
     def record(self, module: str, attribute: str, part: str) -> Tensor:
-        """first, last (spectra), weights, residuals (||L - dW_i|| / ||dW_i||), energy (share of ||dW_i||^2)."""
+        """first, last (spectra), weights, residuals (||L - dW_i|| / ||dW_i||), energy (share of ||dW_i||^2), ranks."""
         if part not in RECORDS:
             raise BasisError(f"{part!r} is no record of a basis: use one of {', '.join(RECORDS)}.")
         block = self._block(module, attribute)
@@ -102,6 +102,11 @@ class Basis:
         if name not in block.store:
             raise BasisError(f"attribute {attribute!r} was not mined from adapters, so it has no {part}.")
         return block.store.get(name)
+
+    def ranks(self, module: str, attribute: str) -> Tensor | None:
+        """Rank of each source adapter (k) in a module; None in a basis that did not keep them."""
+        block = self._block(module, attribute)
+        return block.store.get(f"{block.name}.ranks") if f"{block.name}.ranks" in block.store else None
 
     def joint(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import AttributeRecord, BasisConfig
 from .errors import BasisError
-from .storage import CHUNK, FACTORS, Store
+from .storage import CHUNK, FACTORS, RECORDS_NAME, Store
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ def index_blocks(config: BasisConfig, store: Store) -> dict[str, dict[str, Block
                 raise BasisError(
                     f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has shapes {shapes}, "
                     f"expected (d, {layout.n}), (d,), (d, {layout.m})."
+                )
+            if module in attribute.record_hashes and f"{name}.weights" not in store:
+                raise BasisError(
+                    f"the basis is incomplete: it lacks the spectra and weights of attribute {attribute.name!r}, module "
+                    f"{module!r}, which its config announces ({RECORDS_NAME}); copy or download it again."
                 )
             row[module] = Block(store, name, d, d, attribute.hashes.get(module, ()))
         blocks[attribute.name] = row

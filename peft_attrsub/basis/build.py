@@ -23,7 +23,7 @@ from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
 from .sources import common_base_model, common_modules
-from .storage import RECORDS, check_dtype
+from .storage import check_dtype
 from .weights import weight_spectrum
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ Adapters = Mapping[str, Sequence[Source]] | Sequence[Source]
 
 # Modules per opening of the files: bounds the memory mapped at a time, whatever the model's size.
 _CHUNK = 8
+# Records of a basis that the mining of a module yields.
+_FOUND = ("first", "last", "weights", "residuals", "energy")
 
 
 def build_basis(
@@ -112,7 +114,8 @@ def build_basis(
             raise BasisError(f"every update of attribute {attribute!r} is zero: its adapters were never trained.")
         factors[attribute] = {m: (x.u, x.s, x.v) for m, x in found.items()}
         for module, x in found.items():
-            extras.update({f"{attribute}.{module}.{part}": getattr(x, part).contiguous() for part in RECORDS})
+            extras.update({f"{attribute}.{module}.{part}": getattr(x, part).contiguous() for part in _FOUND})
+            extras[f"{attribute}.{module}.ranks"] = torch.tensor([a.entries[module].rank for a in row]).int()
         records.append(
             AttributeRecord(
                 name=attribute,

@@ -39,13 +39,40 @@ def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool =
         for path in beside.rglob("*"):
             if path.is_file():
                 _sync(path)
-        mask = os.umask(0)
-        os.umask(mask)
-        beside.chmod(0o777 & ~mask)
+        beside.chmod(0o777 & ~_umask())
         check_writable(final, marker, overwrite)
         _swap_in(beside, final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file(target: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file beside `target` and rename it: a reader sees the old file or the whole new one."""
+    final = Path(target)
+    if final.is_dir():
+        raise BasisError(f"{str(final)!r} is a folder: give the name of a file to write.")
+    if not final.parent.is_dir():
+        raise BasisError(
+            f"the folder {str(final.parent)!r} does not exist: make it, or write {final.name!r} elsewhere."
+        )
+    handle, beside = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, final)
+    except BaseException:
+        os.unlink(beside)
+        raise
+    return final
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _clear_abandoned(final: Path) -> None:

@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import CONFIG_NAME, BasisConfig
-from .storage import FACTORS, INDEX_NAME, TENSORS_NAME, check_dtype, chunk_hashes, read_records, tensor_hash
+from .storage import (
+    FACTORS,
+    INDEX_NAME,
+    RECORDS_NAME,
+    TENSORS_NAME,
+    check_dtype,
+    chunk_hashes,
+    read_records,
+    tensor_hash,
+)
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -25,6 +34,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
     if dtype is not None:
         check_dtype(dtype)
     tensors: dict[str, Tensor] = {}
+    small: dict[str, Tensor] = {}
     records = []
     for attribute in basis.config.attributes:
         hashes, record_hashes = {}, {}
@@ -37,12 +47,15 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
             if kept:
                 record_hashes[module] = tensor_hash(kept)
             name = f"{attribute.name}.{module}"
-            tensors.update({f"{name}.{part}": value for part, value in (factors | kept).items()})
+            tensors.update({f"{name}.{part}": value for part, value in factors.items()})
+            small.update({f"{name}.{part}": value for part, value in kept.items()})
         records.append(replace(attribute, hashes=hashes, record_hashes=record_hashes))
     name = str(dtype).removeprefix("torch.") if dtype else basis.config.dtype
     config = replace(basis.config, attributes=records, dtype=name, digest=None, library_version=_version())
     config.digest = type(basis)(config, basis._blocks).digest
     _write_tensors(tensors, folder, max_shard_size)
+    if small:
+        _save(small, folder / RECORDS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     return config
 
@@ -55,14 +68,17 @@ def _version() -> str | None:
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
-    # Two names may share one storage (e.g. a view): safetensors wants each on its own.
-    tensors = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()}
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="basis{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for name, keys in plan.filename_to_tensors.items():
-        file = name if plan.is_sharded else TENSORS_NAME
-        save_file({key: tensors[key] for key in keys}, folder / file, metadata={"format": "pt"})
+        _save({key: tensors[key] for key in keys}, folder / (name if plan.is_sharded else TENSORS_NAME))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    # Two names may share one storage (e.g. a view): safetensors wants each on its own.
+    alone = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()}
+    save_file(alone, path, metadata={"format": "pt"})

@@ -1,13 +1,17 @@
-"""What the source adapters have in common: base model, modules, shapes."""
+"""What adapters have in common, with each other and with a basis: base model, modules, shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .adapters import LoraAdapter
 from .errors import BasisError
 from .layout import ModuleLayout
 from .naming import natural_key, nearest, some
+
+if TYPE_CHECKING:
+    from .basis import Basis
 
 
 def common_base_model(adapters: Sequence[LoraAdapter], expected: str | None) -> str | None:
@@ -65,3 +69,25 @@ def common_modules(
                     f"in {adapter.source!r}: the adapters belong to different models."
                 )
     return {name: first.entries[name].layout for name in names}
+
+
+def check_fits(lora: LoraAdapter, basis: Basis, missing: str) -> None:
+    """Refuse a LoRA whose modules the basis lacks (unless missing="skip"), or has in other shapes."""
+    if missing not in ("error", "skip"):
+        raise BasisError(f"missing={missing!r} is unknown: use 'error' or 'skip'.")
+    covered = set(basis.modules)
+    absent = [m for m in lora.modules if m not in covered]
+    if absent and missing == "error":
+        near = some(nearest(absent[0], basis.modules)) or "none"
+        raise BasisError(
+            f"the basis lacks modules of {lora.source!r}: {some(absent)} (nearest: {near}); "
+            "missing='skip' (--missing skip) loses them."
+        )
+    for module in lora.modules:
+        if module in covered and lora.entries[module].layout.shape != basis.layout(module).shape:
+            raise BasisError(
+                f"module {module!r} has shape {lora.entries[module].layout.shape} in {lora.source!r} but "
+                f"{basis.layout(module).shape} in the basis: they belong to different models."
+            )
+    if not covered & set(lora.modules):
+        raise BasisError(f"the basis and {lora.source!r} have no module in common.")

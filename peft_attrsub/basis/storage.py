@@ -8,6 +8,9 @@ leading directions are then the leading bytes, and a smaller dim reads only thos
 | Ut, S, Vt             | d x n, d, d x m | the subspace                                          |
 | first, last           | R            | singular values of C at the first and last iteration      |
 | weights, residuals, energy | k       | per adapter: final weight, ||L - dW_i||/||dW_i||, share captured |
+| ranks                 | k            | per adapter: rank of its LoRA in the module               |
+
+The subspaces are in basis.safetensors (or its shards), the rest, which is small, in basis_records.safetensors.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ from torch import Tensor
 from .errors import BasisError
 
 FACTORS = ("Ut", "S", "Vt")
-RECORDS = ("first", "last", "weights", "residuals", "energy")
+RECORDS = ("first", "last", "weights", "residuals", "energy", "ranks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Directions per sha256.
 CHUNK = 16
 TENSORS_NAME = "basis.safetensors"
 INDEX_NAME = "basis.safetensors.index.json"
+RECORDS_NAME = "basis_records.safetensors"
 
 
 class Store(Protocol):
@@ -62,9 +66,9 @@ class MemoryStore:
 
 
 class FileStore:
-    """Tensors in basis.safetensors or in its shards; a tensor leaves the disk when it is asked for.
+    """Tensors in basis.safetensors (or its shards) and basis_records.safetensors.
 
-    bytes_read counts what did.
+    A tensor leaves the disk when it is asked for; bytes_read counts what did.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,6 +90,8 @@ class FileStore:
                 raise BasisError(f"{str(index)!r} points outside its folder, which a basis never does.")
         elif not single.is_file():
             raise BasisError(f"{str(self.folder)!r} has a basis_config.json but no {TENSORS_NAME}: it is incomplete.")
+        if (self.folder / RECORDS_NAME).is_file():
+            names = [*names, RECORDS_NAME]
         return {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118 (no mapping)
 
     def _open(self, name: str) -> Any:

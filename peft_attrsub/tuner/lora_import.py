@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..basis import Basis, BasisError, LoraAdapter
+from ..basis import Basis, LoraAdapter
 from ..basis.basis import Dim
-from ..basis.naming import PEFT_PREFIX, nearest, some
+from ..basis.naming import PEFT_PREFIX
+from ..basis.sources import check_fits
 from .adapter_files import write_adapter
 from .config import AttrSubspaceConfig
 from .factors import blocks_of
@@ -49,12 +50,10 @@ def project_lora(
         attributes, dim: the part of the basis to use, as in AttrSubspaceConfig.
         missing: "error", or "skip" to lose modules of the LoRA that the basis lacks.
     """
-    if missing not in ("error", "skip"):
-        raise BasisError(f"missing={missing!r} is unknown: use 'error' or 'skip'.")
     whole = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
     part = whole.select(attributes, dim)
     lora = LoraAdapter(adapter)
-    _check_modules(lora, part, missing)
+    check_fits(lora, part, missing)
     cores, energy, tensors = {}, {}, {}
     kept = total = 0.0
     with lora:
@@ -80,25 +79,6 @@ def project_lora(
         config = _config(lora, whole, part, dim, list(cores))
         result.folder = write_adapter(output, config, tensors, overwrite)
     return result
-
-
-def _check_modules(lora: LoraAdapter, basis: Basis, missing: str) -> None:
-    covered = set(basis.modules)
-    absent = [m for m in lora.modules if m not in covered]
-    if absent and missing == "error":
-        near = some(nearest(absent[0], basis.modules)) or "none"
-        raise BasisError(
-            f"the basis lacks modules of {lora.source!r}: {some(absent)} (nearest: {near}); "
-            "missing='skip' (--missing skip) loses them."
-        )
-    for module in lora.modules:
-        if module in covered and lora.entries[module].layout.shape != basis.layout(module).shape:
-            raise BasisError(
-                f"module {module!r} has shape {lora.entries[module].layout.shape} in {lora.source!r} but "
-                f"{basis.layout(module).shape} in the basis: they belong to different models."
-            )
-    if not covered & set(lora.modules):
-        raise BasisError(f"the basis and {lora.source!r} have no module in common.")
 
 
 def _config(lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: list[str]) -> AttrSubspaceConfig:

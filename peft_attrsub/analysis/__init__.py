@@ -1,0 +1,26 @@
+"""What is in a basis: spectra and their patterns, overlap between attributes, outliers; in numbers and pictures."""
+
+from .analyse import Analysis, analyse
+from .explain import Captured, captured_energy
+from .naming import Place, place
+from .outliers import AdapterRecord, adapter_table
+from .overlap import Null, eigenvalues, random_null
+from .spectra import Drop, find_drops, pattern, suggest_dim
+
+__all__ = [
+    "AdapterRecord",
+    "Analysis",
+    "Captured",
+    "Drop",
+    "Null",
+    "Place",
+    "adapter_table",
+    "analyse",
+    "captured_energy",
+    "eigenvalues",
+    "find_drops",
+    "pattern",
+    "place",
+    "random_null",
+    "suggest_dim",
+]
