@@ -1,4 +1,4 @@
-"""The peft-attrsub command: build, look at and combine bases, and convert adapters."""
+"""The peft-attrsub command: build, look at, share and combine bases, and convert adapters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from . import __version__, cli_text
+from .analysis import analyse, save_figures, write_report
 from .basis import Basis, BasisError, build_basis
 from .basis.adapters import CONFIG as ADAPTER_CONFIG
 from .basis.config import CONFIG_NAME
-from .basis.files import check_writable
+from .basis.files import check_file, check_writable
+from .basis.hub import is_local
 from .basis.naming import check_attribute
+from .basis.remote import open_header, pull_basis
 from .basis.storage import DTYPES
 from .tuner import export_lora, project_lora
 
@@ -33,6 +38,8 @@ app = typer.Typer(
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; made in one step at the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder of the same kind.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Token = Annotated[str | None, typer.Option(help="Of the Hub; default HF_TOKEN or that of `hf auth login`.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the full traceback.")]
 
 
@@ -102,13 +109,21 @@ def build(
 def info(
     basis: Annotated[str, typer.Argument(help="Folder or Hub id of a basis.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every tensor and check the digest.")] = False,
+    revision: Revision = None,
+    token: Token = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a basis holds: attributes, dimensions, captured energy, muted adapters, digest."""
+    """Show what a basis holds: attributes, dimensions, captured energy, muted adapters, digest.
+
+    Of a basis on the Hub only the small files are downloaded, unless --verify asks for all of it.
+    """
 
     def work() -> None:
-        opened = Basis.from_pretrained(basis)
+        if verify or is_local(basis) or HF_HUB_OFFLINE:
+            opened = Basis.from_pretrained(basis, revision, token=token)
+        else:
+            opened = open_header(basis, revision, token)
         if verify:
             opened.verify()
         _tell(cli_text.summary(opened), as_json, cli_text.described)
@@ -132,6 +147,91 @@ def combine(
         whole.config.command = _command()
         whole.save_pretrained(output, overwrite=overwrite)
         _tell(cli_text.summary(whole), as_json, lambda record: cli_text.built(record, str(output)))
+
+    _run(work, debug)
+
+
+@app.command()
+def report(
+    basis: Annotated[str, typer.Argument(help="Folder or Hub id of a basis.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write; opens without a network.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="A LoRA to explain by the basis: folder or Hub id; may be repeated."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for static figures (needs matplotlib).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for every number, as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="File for every number, as tidy CSV.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the report; default the basis' name.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random subspaces per size, for the nulls.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the nulls.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Write an HTML report: spectra and patterns, overlap of attributes beside chance, adapters and outliers."""
+
+    def work() -> None:
+        start = time.monotonic()
+        for file in (output, json_file, csv_file):
+            if file is not None:
+                check_file(file)
+        found = analyse(basis, adapter or [], draws=draws, seed=seed)
+        written = [write_report(found, output, title)]
+        written += [found.save_json(json_file)] if json_file else []
+        written += [found.save_csv(csv_file)] if csv_file else []
+        written += save_figures(found, png) if png else []
+        print(cli_text.reported(written, time.monotonic() - start))
+
+    _run(work, debug)
+
+
+@app.command()
+def push(
+    basis: Annotated[str, typer.Argument(help="Folder of a basis.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, 'user/name'; made if it does not exist.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a repository that is made.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it does not exist.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the model card, e.g. apache-2.0.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    token: Token = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put a basis with its model card on the Hub, in one commit."""
+
+    def work() -> None:
+        opened = Basis.from_pretrained(basis, token=token)
+        done = opened.push_to_hub(
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=message,
+            token=token,
+            create_pr=create_pr,
+            license=license,
+        )
+        record = {"url": str(done.repo_url), "commit": done.oid, "digest": opened.digest, "pull_request": done.pr_url}
+        _tell(record, as_json, cli_text.pushed)
+
+    _run(work, debug)
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="Hub id of a basis: 'user/name' or 'user/name@revision'.")],
+    output: Output,
+    revision: Revision = None,
+    token: Token = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a basis from the Hub into a folder, checked against its digest."""
+
+    def work() -> None:
+        check_writable(output, CONFIG_NAME, overwrite)
+        basis = pull_basis(repo_id, output, revision, token, overwrite)
+        _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
 
     _run(work, debug)
 

@@ -6,17 +6,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
-
+from .analysis import adapter_table
 from .basis import Basis
 from .basis.naming import natural_key, some
 
-# An adapter counts as muted in a module where its weight is below this share of the median weight ...
-_MUTED_WEIGHT = 0.25
-# ... and is named when that is so in more than this share of the modules.
-_MUTED_MODULES = 0.5
-
-__all__ = ["built", "described", "natural_key", "plan", "projected", "summary"]
+__all__ = ["built", "described", "natural_key", "plan", "projected", "pushed", "reported", "summary"]
 
 
 def plan(groups: dict[str, list[str]], output: Path, dim: int, allocation: str, alpha: float) -> str:
@@ -32,10 +26,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def pushed(record: dict[str, Any]) -> str:
+    """The whole of push."""
+    at = f"pull request {record['pull_request']}" if record["pull_request"] else f"commit {record['commit']}"
+    return f"the basis is at {record['url']}\n{at}, digest {record['digest'][:16]}"
+
+
 def summary(basis: Basis) -> dict[str, Any]:
     """Everything about a basis that fits in a JSON object, from its config and its small tensors."""
     return {
         "source": basis.source,
+        "revision": basis.revision,
         "base_model": basis.config.base_model,
         "digest": basis.digest,
         "dtype": basis.config.dtype,
@@ -58,20 +59,13 @@ def _attribute(basis: Basis, name: str) -> dict[str, Any]:
     }
     if not config.sources:
         return record
-    weights = torch.stack([basis.weights(m, name) for m in basis.modules])  # [modules, k]
-    energy = torch.stack([basis.record(m, name, "energy") for m in basis.modules])
-    muted = (weights < _MUTED_WEIGHT * weights.median(1, keepdim=True).values).float().mean(0)  # [k]
-    names = [s.id for s in config.sources]
-    kept = [i for i in range(len(names)) if float(muted[i]) <= _MUTED_MODULES]
+    rows = [one for one in adapter_table(basis) if one.attribute == name]
+    kept = [one for one in rows if not one.muted] or rows
     record |= {
-        "adapters": len(names),
-        "captured_energy": float(energy[:, kept].mean()) if kept else float(energy.mean()),
+        "adapters": len(rows),
+        "captured_energy": fmean(float(one.energies.mean()) for one in kept),
         "iterations_median": median(config.iterations.values()) if config.iterations else None,
-        "muted": [
-            {"adapter": names[i], "share_of_modules": float(muted[i])}
-            for i in range(len(names))
-            if float(muted[i]) > _MUTED_MODULES
-        ],
+        "muted": [{"adapter": one.adapter, "share_of_modules": one.muted_share} for one in rows if one.muted],
     }
     return record
 
@@ -97,7 +91,7 @@ def built(record: dict[str, Any], output: str) -> str:
 def described(record: dict[str, Any]) -> str:
     """The whole of info."""
     head = [
-        f"basis       {record['source']}",
+        f"basis       {record['source']}" + (f" at {record['revision']}" if record["revision"] else ""),
         f"base model  {record['base_model'] or 'not recorded'}",
         f"modules     {record['modules']}: {some(record['module_names'], 2)}",
         f"stored as   {record['dtype']}",
@@ -117,3 +111,9 @@ def projected(record: dict[str, Any]) -> str:
         lines.append(f"  ... {len(record['energy']) - len(worst)} more modules above those")
     lines.append(f"wrote {record['output']!r}")
     return "\n".join(lines)
+
+
+def reported(written: list[Path], seconds: float) -> str:
+    """The whole of report."""
+    lines = [f"wrote {str(path)!r} ({path.stat().st_size / 1e6:.1f} MB)" for path in written]
+    return "\n".join([*lines, f"in {seconds:.1f} s"])

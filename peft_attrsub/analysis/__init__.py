@@ -2,9 +2,11 @@
 
 from .analyse import Analysis, analyse
 from .explain import Captured, captured_energy
+from .figures import save_figures
 from .naming import Place, place
 from .outliers import AdapterRecord, adapter_table
 from .overlap import Null, eigenvalues, random_null
+from .report import write_report
 from .spectra import Drop, find_drops, pattern, suggest_dim
 
 __all__ = [
@@ -22,5 +24,7 @@ __all__ = [
     "pattern",
     "place",
     "random_null",
+    "save_figures",
     "suggest_dim",
+    "write_report",
 ]

@@ -57,7 +57,7 @@ class Analysis:
         return self._record
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One record per number: quantity, where (module, depth, stack, kind), whose (attribute, ...), index, value."""
+        """One record per number: quantity, where (module, depth, ...), whose (attribute, ...), index, value."""
         return rows(self._record)
 
     def save_json(self, path: str | os.PathLike[str]) -> Path:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import BasisError
-from .files import fetch, file_sha256
+from .files import file_sha256
+from .hub import fetch
 from .layout import ModuleLayout
 from .naming import natural_key, some, strip_peft_prefix
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .blocks import Block, check_factors, corrupted, index_blocks, kept_hashes
-from .card import model_card
-from .config import CONFIG_NAME, AttributeRecord, BasisConfig
+from .card import full_card, model_card
+from .config import CONFIG_NAME, AttributeRecord, BasisConfig, read_config
 from .errors import BasisError
-from .files import atomic_folder, fetch
+from .files import atomic_folder
+from .hub import HubOptions, fetch, push_folder, split_revision
 from .joint import check_columns, orthonormalise, spectral_weights
 from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
@@ -33,7 +36,12 @@ from .storage import (
     tensor_hash,
 )
 
-_PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+#: Files of a basis that are downloaded, and the figures of its card, which are not.
+PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
+FIGURES = "figures/*.png"
 Dim = int | Mapping[str, int] | None
 
 
@@ -58,6 +66,11 @@ class Basis:
         #: Folder or Hub id this basis was read from or written to; None while it exists only in memory.
         self.source = source
         self.revision = revision
+
+    @property
+    def pinned_source(self) -> str | list[str] | None:
+        """`source`, with the commit behind it (`user/name@commit`) where it came from the Hub."""
+        return f"{self.source}@{self.revision}" if isinstance(self.source, str) and self.revision else self.source
 
     # What it holds
 
@@ -176,8 +189,7 @@ class Basis:
                     raise BasisError(f"attribute {record.name!r} is in two of the bases: rename or select it away.")
                 blocks[record.name] = basis._blocks[record.name]
                 records.append(record)
-        sources = [basis.source for basis in bases]
-        flat = [s for s in sources if isinstance(s, str)]
+        flat = [basis.pinned_source for basis in bases if isinstance(basis.pinned_source, str)]
         config = replace(first.config, attributes=records, digest=None, command=None)
         return Basis(config, blocks, source=flat if len(flat) == len(bases) else None)
 
@@ -288,24 +300,74 @@ class Basis:
             self.source, self.revision = os.fspath(folder), None
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None) -> Basis:
-        """Open a basis from a folder or a Hub id (`user/name`), lazily.
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        revision: str | None = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Basis:
+        """Open a basis from a folder or a Hub id (`user/name`, `user/name@revision`), lazily.
 
-        Raises BasisError for a missing, truncated or foreign folder and for a newer format.
+        Args:
+            name: folder or Hub id. revision: branch, tag or commit on the Hub; goes before one in the name.
+            cache_dir, token, local_files_only: as everywhere in huggingface_hub.
+
+        Raises:
+            BasisError: missing, private, truncated, incomplete, foreign, or of a newer format.
         """
-        folder, commit = fetch(name, _PATTERNS, "basis", revision)
-        path = folder / CONFIG_NAME
-        if not path.is_file():
-            hint = " (it holds a PEFT adapter)" if (folder / "adapter_config.json").is_file() else ""
-            raise BasisError(f"{os.fspath(name)!r} has no {CONFIG_NAME}, so it is no basis{hint}.")
-        try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
-            raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
-        config = BasisConfig.from_dict(record, str(path))
-        basis = cls(config, index_blocks(config, FileStore(folder)), source=os.fspath(name), revision=commit)
+        options = HubOptions(token, None if cache_dir is None else Path(cache_dir), local_files_only)
+        folder, commit = fetch(name, PATTERNS, "basis", revision, options)
+        config = read_config(folder, name)
+        source = os.fspath(name) if commit is None else split_revision(os.fspath(name))[0]
+        basis = cls(config, index_blocks(config, FileStore(folder)), source=source, revision=commit)
         basis._check_digest()
         return basis
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        license: str | None = None,
+    ) -> CommitInfo:
+        """Upload the basis with its model card in one commit; an unchanged basis makes none.
+
+        Args:
+            repo_id: `user/name`; made if it does not exist. private: of a repository that is made.
+            revision: branch to push to, made if it does not exist; default the main one.
+            commit_message, token, create_pr: as everywhere in huggingface_hub. license: an identifier of the
+                Hub for the card, e.g. "apache-2.0"; default "other".
+
+        Returns:
+            huggingface_hub.CommitInfo; its `oid` is the commit to pin. The basis then counts as read from there.
+
+        Raises:
+            BasisError: no right to write, no connection, no Xet storage; nothing was committed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            config = write_basis(self, Path(folder), None, "5GB")
+            card = full_card(Basis(config, self._blocks), repo_id, Path(folder), license)
+            (Path(folder) / "README.md").write_text(card)
+            info = push_folder(
+                Path(folder),
+                repo_id,
+                [*PATTERNS, FIGURES],
+                private=private,
+                revision=revision,
+                commit_message=commit_message or f"Basis of {', '.join(self.attributes)}",
+                token=token,
+                create_pr=create_pr,
+            )
+        self.config, self._digest = config, None
+        self.source, self.revision = info.repo_url.repo_id, info.oid
+        return info
 
     # Python's own
 

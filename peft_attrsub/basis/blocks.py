@@ -39,8 +39,8 @@ def index_blocks(config: BasisConfig, store: Store) -> dict[str, dict[str, Block
                 )
             if module in attribute.record_hashes and f"{name}.weights" not in store:
                 raise BasisError(
-                    f"the basis is incomplete: it lacks the spectra and weights of attribute {attribute.name!r}, module "
-                    f"{module!r}, which its config announces ({RECORDS_NAME}); copy or download it again."
+                    f"the basis is incomplete: it lacks the spectra and weights of attribute {attribute.name!r}, "
+                    f"module {module!r}, which its config announces ({RECORDS_NAME}); copy or download it again."
                 )
             row[module] = Block(store, name, d, d, attribute.hashes.get(module, ()))
         blocks[attribute.name] = row

@@ -1,47 +1,119 @@
-"""The model card of a basis: what it is, what it was made from, how to use it."""
+"""The model card of a basis: what it is, what it was made from, how to use it, what it cannot do."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .basis import Basis
 
+# A section measures the basis, writes its figures into the folder and returns Markdown; see `add_section`.
+Section = Callable[["Basis", Path], str]
+_SECTIONS: list[Section] = []
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-def model_card(basis: Basis, name: str) -> str:
+_TEMPLATE = Template("""---
+$header
+---
+
+# $name
+
+A basis of attribute subspaces for [peft_attrsub](https://pypi.org/project/peft-attrsub/): frozen directions A, B
+for every module of $model. Fine-tune by training only the small cores M of dW = A M B^T.
+
+```python
+# pip install peft-attrsub; `model` is $model, loaded as for the adapters named below.
+from peft import get_peft_model
+from peft_attrsub import AttrSubspaceConfig
+
+model = get_peft_model(model, AttrSubspaceConfig(basis="$name"))
+model.print_trainable_parameters()
+```
+
+$modules modules, stored as $dtype, digest `$digest`.
+
+| attribute | dim | from | allocation | alpha |
+|---|---|---|---|---|
+$attributes
+$sections$origin
+## Limits
+
+- It fits $model and nothing else: another model with modules of the same names and shapes would load it without an
+  error, and the directions would mean nothing there.
+- Only updates inside the span of A and B can be learnt. Shares of energy tell how much of the *source* adapters
+  lies there, not how much of a new task.
+- What the source adapters have in common is kept, their data's one-sidedness too.$license
+""")
+
+
+def add_section(section: Section) -> None:
+    """Have `section` measure every basis that is pushed to the Hub; its Markdown goes into the card."""
+    _SECTIONS.append(section)
+
+
+def full_card(basis: Basis, name: str, folder: Path, license: str | None) -> str:
+    """README.md of a pushed basis, with every section of `add_section`; figures are written into `folder`."""
+    return model_card(basis, name, [section(basis, folder) for section in _SECTIONS], license)
+
+
+def model_card(basis: Basis, name: str, sections: Sequence[str] = (), license: str | None = None) -> str:
     """README.md of a saved basis."""
+    from huggingface_hub import ModelCardData
+
     config = basis.config
-    lines = ["---", "library_name: peft", "tags:", "- peft-attrsub", "- attribute-subspace"]
     # Only a Hub id may stand here: the Hub rejects a local path.
-    if config.base_model and config.base_model.count("/") == 1 and not config.base_model.startswith((".", "/")):
-        lines.append(f"base_model: {config.base_model}")
-    lines += ["---", "", f"# {name}", ""]
-    lines += [
-        "A basis of attribute subspaces for [peft_attrsub](https://pypi.org/project/peft-attrsub/): fine-tune "
-        f"{config.base_model or 'the model'} by training only the small cores M of dW = A M B^T.",
-        "",
-        "```python",
-        "from peft import get_peft_model",
-        "from peft_attrsub import AttrSubspaceConfig",
-        "",
-        f'model = get_peft_model(model, AttrSubspaceConfig(basis="{name}"))',
-        "```",
-        "",
-        f"{len(basis.modules)} modules, digest `{basis.digest}`.",
-        "",
-        "| attribute | dim | from | allocation | alpha |",
-        "|---|---|---|---|---|",
-    ]
-    for record in config.attributes:
-        dims = [basis.dim(module, record.name) for module in basis.modules]
-        width = f"{min(dims)}" if min(dims) == max(dims) else f"{min(dims)} to {max(dims)}"
-        origin = f"{len(record.sources)} adapters" if record.sources else record.kind
-        allocation, alpha = record.allocation or "-", "-" if record.alpha is None else record.alpha
-        lines.append(f"| {record.name} | {width} | {origin} | {allocation} | {alpha} |")
-    if config.command:
-        lines += ["", "Made by:", "", "```bash", config.command, "```"]
-    sources = [(r.name, s) for r in config.attributes for s in r.sources]
+    base_model = config.base_model if config.base_model and _REPO.fullmatch(config.base_model) else None
+    header = ModelCardData(
+        library_name="peft",
+        base_model=base_model,
+        license=license or "other",
+        tags=["peft-attrsub", "attribute-subspace"],
+    )
+    return _TEMPLATE.substitute(
+        header=header.to_yaml(),
+        name=name,
+        model=_plain(config.base_model) if config.base_model else "the model it was mined for",
+        modules=len(basis.modules),
+        dtype=config.dtype,
+        digest=basis.digest,
+        attributes="\n".join(_attribute_row(basis, record.name) for record in config.attributes),
+        sections="".join(f"\n{section}" for section in sections),
+        origin=_origin(basis),
+        license=_LICENSE if license is None else "",
+    )
+
+
+_LICENSE = (
+    "\n- No licence was named when it was saved: the terms of the base model and of the source adapters' data apply."
+)
+
+
+def _attribute_row(basis: Basis, attribute: str) -> str:
+    record = next(a for a in basis.config.attributes if a.name == attribute)
+    dims = [basis.dim(module, attribute) for module in basis.modules]
+    width = f"{min(dims)}" if min(dims) == max(dims) else f"{min(dims)} to {max(dims)}"
+    origin = f"{len(record.sources)} adapters" if record.sources else record.kind
+    return f"| {attribute} | {width} | {origin} | {record.allocation or '-'} | {record.alpha or '-'} |"
+
+
+def _origin(basis: Basis) -> str:
+    """The command that made the basis, and its source adapters."""
+    lines = []
+    if basis.config.command:
+        lines += ["", "## Made by", "", "```bash", basis.config.command.replace("```", ""), "```"]
+    sources = [(record.name, source) for record in basis.config.attributes for source in record.sources]
     if sources:
         lines += ["", "| attribute | source adapter | revision | sha256 |", "|---|---|---|---|"]
-        lines += [f"| {a} | {s.id} | {s.revision or '-'} | {(s.sha256 or '-')[:16]} |" for a, s in sources]
-    return "\n".join(lines) + "\n"
+        lines += [
+            f"| {a} | {_plain(s.id)} | {_plain(s.revision or '-')} | {(s.sha256 or '-')[:16]} |" for a, s in sources
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _plain(text: str) -> str:
+    """A name as text in Markdown: it may come from a stranger's file."""
+    return re.sub(r"[^\w./@:+ -]", "_", text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .errors import BasisError
@@ -95,3 +98,16 @@ class BasisConfig:
         for attribute in config.attributes:
             check_attribute(attribute.name)
         return config
+
+
+def read_config(folder: Path, name: str | os.PathLike[str]) -> BasisConfig:
+    """The config of the basis in `folder`; `name` is what the user called it."""
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        hint = " (it holds a PEFT adapter)" if (folder / "adapter_config.json").is_file() else ""
+        raise BasisError(f"{os.fspath(name)!r} has no {CONFIG_NAME}, so it is no basis{hint}.")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
+    return BasisConfig.from_dict(record, str(path))

@@ -1,4 +1,4 @@
-"""Folders in and out: atomic writing, local paths and Hub ids, hashes of files."""
+"""Files and folders written in one step, and hashes of files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import glob
 import hashlib
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from .errors import BasisError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -66,6 +64,18 @@ def write_file(target: str | os.PathLike[str], text: str) -> Path:
     except BaseException:
         os.unlink(beside)
         raise
+    return final
+
+
+def check_file(target: str | os.PathLike[str]) -> Path:
+    """Refuse a target that no file can be written to."""
+    final = Path(target)
+    if final.is_dir():
+        raise BasisError(f"{str(final)!r} is a folder: give the name of a file to write.")
+    if not final.parent.is_dir():
+        raise BasisError(
+            f"the folder {str(final.parent)!r} does not exist: make it, or write {final.name!r} elsewhere."
+        )
     return final
 
 
@@ -135,38 +145,3 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def split_revision(name: str) -> tuple[str, str | None]:
-    """("user/x", "abc") from "user/x@abc"; local paths are left alone."""
-    if "@" in name and not os.path.exists(name):
-        base, _, revision = name.rpartition("@")
-        return base, revision or None
-    return name, None
-
-
-def fetch(
-    name: str | os.PathLike[str], patterns: list[str], what: str, revision: str | None = None
-) -> tuple[Path, str | None]:
-    """The local folder of `name`, and the commit if it came from the Hub.
-
-    Only files matching `patterns` are downloaded: safetensors, JSON and Markdown, nothing that is executed.
-    """
-    text = os.fspath(name)
-    local = Path(text).expanduser()
-    if local.is_dir():
-        return local, None
-    text, given = split_revision(text)
-    if not _HUB_ID.fullmatch(text) or text.count("/") > 1 or text.startswith((".", "/")):
-        raise BasisError(f"{what} {text!r} was not found: expected an existing folder or a Hub id 'user/name'.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(text, revision=revision or given, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BasisError(
-            f"{what} {text!r} is neither a local folder (looked in {os.getcwd()!r}) nor readable on the Hub: {reason}"
-        ) from error
-    return folder, folder.name

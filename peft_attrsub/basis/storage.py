@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,28 +71,13 @@ class FileStore:
     A tensor leaves the disk when it is asked for; bytes_read counts what did.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """`names`: the files to open; default all of a basis."""
         self.folder = folder
         self.bytes_read = 0
         self._handles: dict[str, Any] = {}
-        self._files = self._locate()
-
-    def _locate(self) -> dict[str, str]:
-        index, single = self.folder / INDEX_NAME, self.folder / TENSORS_NAME
-        names = [TENSORS_NAME]
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                outside = any(Path(name).name != name for name in names)
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise BasisError(f"{str(index)!r} is damaged: {error!r}; copy or build the basis again.") from error
-            if outside:
-                raise BasisError(f"{str(index)!r} points outside its folder, which a basis never does.")
-        elif not single.is_file():
-            raise BasisError(f"{str(self.folder)!r} has a basis_config.json but no {TENSORS_NAME}: it is incomplete.")
-        if (self.folder / RECORDS_NAME).is_file():
-            names = [*names, RECORDS_NAME]
-        return {key: name for name in names for key in self._open(name).keys()}  # noqa: SIM118 (no mapping)
+        opened = _all_files(folder) if names is None else names
+        self._files = {key: name for name in opened for key in self._open(name).keys()}  # noqa: SIM118 (no mapping)
 
     def _open(self, name: str) -> Any:
         if name not in self._handles:
@@ -125,6 +110,28 @@ class FileStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
+
+
+def tensor_files(folder: Path) -> list[str]:
+    """Names of the files that hold the subspaces: the shards of the index, or the one file."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return [TENSORS_NAME]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = any(Path(name).name != name for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BasisError(f"{str(index)!r} is damaged: {error!r}; copy or build the basis again.") from error
+    if outside:
+        raise BasisError(f"{str(index)!r} points outside its folder, which a basis never does.")
+    return names
+
+
+def _all_files(folder: Path) -> list[str]:
+    names = tensor_files(folder)
+    if names == [TENSORS_NAME] and not (folder / TENSORS_NAME).is_file():
+        raise BasisError(f"{str(folder)!r} has a basis_config.json but no {TENSORS_NAME}: it is incomplete.")
+    return [*names, RECORDS_NAME] if (folder / RECORDS_NAME).is_file() else names
 
 
 def check_dtype(dtype: torch.dtype) -> None:

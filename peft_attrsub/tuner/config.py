@@ -11,7 +11,9 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from ..basis import Basis, BasisError
+from ..basis.hub import split_revision
 from ..basis.joint import check_columns
+from .adapter_card import update_card
 from .registration import SAVED_TYPE, peft_type
 
 #: Bases that are made from the model itself instead of being loaded.
@@ -191,7 +193,8 @@ class AttrSubspaceConfig(PeftConfig):
 
     def _load(self, name: str | os.PathLike[str]) -> Basis:
         try:
-            return Basis.from_pretrained(name, revision=self.basis_revision)
+            own = split_revision(os.fspath(name))[1] if isinstance(self.basis, (list, tuple)) else None
+            return Basis.from_pretrained(name, revision=own or self.basis_revision)
         except BasisError as error:
             if self.basis_digest is None:
                 raise
@@ -201,16 +204,23 @@ class AttrSubspaceConfig(PeftConfig):
                 "PeftModel.from_pretrained(model, adapter, config=config)."
             ) from error
 
+    def pinned_list(self, whole: Basis) -> list[Any]:
+        """The list `basis` with the commit behind each Hub id (`user/name@commit`); `whole` was opened from it."""
+        names = whole.source if isinstance(whole.source, list) else [whole.pinned_source]
+        if len(names) != len(self._parts):
+            return self._parts
+        return [p if isinstance(p, Basis) else name for p, name in zip(self._parts, names, strict=True)]
+
     def basis_pointer(self) -> str | list[str] | None:
         """The basis as JSON can hold it: names, or None for a basis that exists only in memory."""
-        parts = self._parts
+        parts, listed = self._parts, isinstance(self.basis, (list, tuple))
         names = []
         for part in parts:
-            name = part.source if isinstance(part, Basis) else part
+            name = part if not isinstance(part, Basis) else part.pinned_source if listed else part.source
             if name is None or isinstance(name, list):
                 return name if len(parts) == 1 else None
             names.append(os.fspath(name))
-        return names if isinstance(self.basis, (list, tuple)) else names[0]
+        return names if listed else names[0]
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict; a Basis in memory is told by its name only."""
@@ -219,9 +229,10 @@ class AttrSubspaceConfig(PeftConfig):
         return json.loads(json.dumps(record, default=_plain))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, pinned to the basis by revision and digest."""
+        """Write adapter_config.json, pinned to the basis by revision and digest; name the basis in the card."""
         pinned = _Saved(self)
         PeftConfig.save_pretrained(pinned, save_directory, **kwargs)
+        update_card(save_directory, pinned.to_dict())
 
 
 class _Saved:

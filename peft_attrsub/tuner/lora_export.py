@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..basis import BasisError
 from ..basis.adapters import CONFIG, WEIGHTS
-from ..basis.files import fetch
+from ..basis.hub import fetch
 from ..basis.layout import ModuleLayout
 from ..basis.naming import PEFT_PREFIX, strip_peft_prefix
 from .adapter_files import read_adapter, write_adapter

@@ -255,8 +255,13 @@ def _pin(config: AttrSubspaceConfig, provider: BasisProvider) -> None:
     config.attributes = provider.basis.attributes
     if config.basis_digest is None:
         config.basis_digest = whole.digest
-    if whole.revision and not isinstance(config.basis, (list, tuple)):
+    if isinstance(config.basis, (list, tuple)):
+        # Each name carries its own commit; one revision for all of them would mean nothing.
+        config.basis, config.basis_revision = config.pinned_list(whole), None
+    elif whole.revision:
         config.basis_revision = whole.revision
+        if isinstance(config.basis, str):
+            config.basis = whole.source
 
 
 def _default_targets(config: AttrSubspaceConfig, provider: BasisProvider, model: nn.Module) -> set[str] | str:

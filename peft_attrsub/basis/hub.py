@@ -1,0 +1,183 @@
+"""To and from the Hub: names, downloads into the cache, one commit per push; what goes wrong as one sentence.
+
+huggingface_hub is imported where it is used: its first import costs more than the rest of this file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import BasisError
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to reach the Hub: token, where the cache is, and whether only the cache may be used."""
+
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """("user/x", "abc") from "user/x@abc"; local paths are left alone."""
+    if "@" in name and not os.path.exists(name):
+        base, _, revision = name.rpartition("@")
+        return base, revision or None
+    return name, None
+
+
+def is_local(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` is a folder here; else it can only be a Hub id."""
+    return Path(name).expanduser().is_dir()
+
+
+def fetch(
+    name: str | os.PathLike[str],
+    patterns: list[str],
+    what: str,
+    revision: str | None = None,
+    options: HubOptions | None = None,
+) -> tuple[Path, str | None]:
+    """The local folder of `name`, and the commit if it came from the Hub.
+
+    Only files matching `patterns` are downloaded: safetensors, JSON and Markdown, nothing that is executed.
+    """
+    if is_local(name):
+        return Path(name).expanduser(), None
+    repo, given = split_revision(os.fspath(name))
+    if not _HUB_ID.fullmatch(repo) or repo.count("/") > 1:
+        raise BasisError(f"{what} {repo!r} was not found: expected an existing folder or a Hub id 'user/name'.")
+    from huggingface_hub import snapshot_download
+
+    options = options or HubOptions()
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision or given,
+            allow_patterns=patterns,
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+        )
+    except Exception as error:
+        raise _sentence(error, f"{what} {repo!r}", revision or given) from error
+    return Path(folder), Path(folder).name
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    replaced: Sequence[str],
+    *,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str,
+    token: str | bool | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """Upload a folder in ONE commit, so that no revision of the repository holds half of it.
+
+    Files of the repository that match the patterns `replaced` and are not in the folder are deleted; unchanged
+    files are not sent, and without any change there is no commit.
+    """
+    from fnmatch import fnmatch
+
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token)
+    try:
+        # The repository may exist and be writable for someone who may not create one.
+        if not api.repo_exists(repo_id):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        new = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        held = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in held if name not in new and any(fnmatch(name, p) for p in replaced)]
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, path) for name, path in new.items()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except Exception as error:
+        raise _sentence(error, f"the push to {repo_id!r}", revision, pushing=True) from error
+
+
+def read_header(repo_id: str, file: str, revision: str | None, token: str | bool | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a safetensors file on the Hub, by a Range request for its header."""
+    from huggingface_hub import HfApi
+
+    try:
+        header = HfApi(token=token).parse_safetensors_file_metadata(repo_id, file, revision=revision)
+    except Exception as error:
+        raise _sentence(error, f"basis {repo_id!r}", revision) from error
+    return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+
+
+def _sentence(error: Exception, what: str, revision: str | None, pushing: bool = False) -> BasisError:
+    """What went wrong on the way to the Hub, and what to do about it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    place = f"the Hub ({constants.ENDPOINT})"
+    login = "give token=, set HF_TOKEN, or run `hf auth login`"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return BasisError(f"{what} is gated on {place}: ask for access on its page, then {login}.")
+    if isinstance(error, RevisionNotFoundError):
+        return BasisError(f"{what} has no revision {revision!r} on {place}: give a branch, a tag or a commit of it.")
+    if status in (401, 403) and pushing:
+        return BasisError(f"{what} is not allowed by {place}: {login}, with a token that may write there.")
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return BasisError(
+            f"{what} is neither a local folder (looked in {os.getcwd()!r}) nor on {place}, or it is private and the "
+            f"token may not read it: check the name, or {login}."
+        )
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        asked = f" at revision {revision!r}" if revision else ""
+        return BasisError(
+            f"{what}{asked} is not in the local cache, and {place} was not reached (offline mode, local_files_only "
+            f"or no connection: {_first_line(error.__cause__ or error)}): connect and load it once."
+        )
+    if pushing and _uses_xet():
+        return BasisError(
+            f"{what} failed: {_first_line(error)}. If {place} is self-hosted and has no Xet storage, set "
+            "HF_HUB_DISABLE_XET=1 and push again; nothing was committed."
+        )
+    again = "nothing was committed; push again" if pushing else "what was downloaded is kept; load it again to resume"
+    kind = "" if isinstance(error, (HfHubHTTPError, OSError, ValueError)) else f"{type(error).__name__}: "
+    return BasisError(f"{what} failed on {place}: {kind}{_first_line(error)}; {again}.")
+
+
+def _uses_xet() -> bool:
+    from huggingface_hub.utils import is_xet_available
+
+    return bool(is_xet_available())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
