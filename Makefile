@@ -14,10 +14,10 @@ BIN := .venv/bin
 demo: .venv/.stamp-demo  ## the method end to end on handwritten digits, on a CPU
 	$(BIN)/python examples/digits.py
 
-test: .venv/.stamp-dev  ## the tests, without the slow ones
+test: .venv/.stamp-dev .venv/.stamp-chromium  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-test-slow: .venv/.stamp-dev  ## the slow tests
+test-slow: .venv/.stamp-dev .venv/.stamp-chromium  ## the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1800
 
 lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
@@ -47,6 +47,17 @@ help:  ## this list
 .venv/.stamp-%: pyproject.toml .venv/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# The report is tested in the system's Chromium; without one those tests are skipped, and say so.
+.venv/.stamp-chromium: .venv/.stamp
+	@if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	  else \
+	    echo "make: no Chromium here: the tests of the HTML report are skipped; on Debian: apt-get install chromium" >&2; \
+	  fi; \
+	fi
 	@touch $@
 
 # Debian ships venv apart from Python: without it, root gets it installed and everybody else a sentence.

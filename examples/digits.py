@@ -6,7 +6,7 @@
 1. A small transformers ViT learns plain handwritten digits (scikit-learn's, no download).
 2. Per attribute (rotation, thickness, contrast, shift) stock PEFT trains a few LoRA adapters, each on data in which
    only that attribute varies.
-3. `peft-attrsub build-basis` mines one subspace per attribute from the saved adapters.
+3. `peft-attrsub build-basis` mines one subspace per attribute from the saved adapters; `report` shows what is in them.
 4. On a new task with few labels, in which all attributes vary at once, only the cores are trained. Rivals: LoRA, the
    same cores in principal singular vectors (PSV) or in random directions, full fine-tuning. Every method gets the
    same pictures, the same steps and the same sweep of the learning rate on a validation split.
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 # peft_attrsub is imported where it is used: the process that checks the export must do without it.
 
 MARKER = ".peft-attrsub-digits"  # in every folder made by this script: it may be written again
-WRITTEN = ("base", "adapters", "basis", "core", "lora", "summary.json")
+WRITTEN = ("base", "adapters", "basis", "report.html", "core", "lora", "summary.json")
 
 Result = dict[str, Any]
 
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = {"quick": args.quick} | run_demo(args.out, settings, args.workers)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(summary)
-    print(f"All numbers: {args.out / 'summary.json'}")
+    print(f"All numbers: {args.out / 'summary.json'}; the basis to look at in a browser: {args.out / 'report.html'}")
     return 0
 
 
@@ -241,6 +241,9 @@ def build_basis(out: Path, settings: Settings) -> None:
     print(f"3/5 peft-attrsub build-basis {out / 'adapters'}/* -o {out / 'basis'} --dim {settings.dim}", flush=True)
     folders = sorted(str(path) for path in (out / "adapters").iterdir())
     command = ["build-basis", *folders, "-o", str(out / "basis"), "--dim", str(settings.dim)]
+    subprocess.run([sys.executable, "-m", "peft_attrsub", *command], check=True)
+    print(f"3/5 peft-attrsub report {out / 'basis'} -o {out / 'report.html'}", flush=True)
+    command = ["report", str(out / "basis"), "-o", str(out / "report.html"), "--title", "Digits: the mined basis"]
     subprocess.run([sys.executable, "-m", "peft_attrsub", *command], check=True)
 
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "digits.py"
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install peft-attrsub[demo]")
+pytest.importorskip("plotly", reason="the report is drawn with plotly: pip install peft-attrsub[demo]")
 
 
 def run(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -36,6 +37,7 @@ def test_quick_run_goes_through_all_parts(tmp_path: Path) -> None:
     adapters = sorted(path.name for path in (out / "adapters").iterdir())
     assert adapters == sorted(source["name"] for source in summary["source_adapters"]) and len(adapters) == 8
     assert (out / "basis" / "basis_config.json").is_file()
+    assert "Digits: the mined basis" in (out / "report.html").read_text() and "report.html" in done.stdout
 
     rows = {row["label"]: row for row in summary["methods"]}
     assert {row["kind"] for row in rows.values()} == {"base", "full", "lora", "psv", "random", "attrsub"}

@@ -42,8 +42,8 @@ $attributes
 $sections$origin
 ## Limits
 
-- It fits $model and nothing else: another model with modules of the same names and shapes would load it without an
-  error, and the directions would mean nothing there.
+- It fits $model and nothing else: another model with modules of the same names and shapes
+  would load it without an error, and the directions would mean nothing there.
 - Only updates inside the span of A and B can be learnt. Shares of energy tell how much of the *source* adapters
   lies there, not how much of a new task.
 - What the source adapters have in common is kept, their data's one-sidedness too.$license

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,9 +174,9 @@ def _sentence(error: Exception, what: str, revision: str | None, pushing: bool =
 
 
 def _uses_xet() -> bool:
-    from huggingface_hub.utils import is_xet_available
+    from huggingface_hub.constants import HF_HUB_DISABLE_XET
 
-    return bool(is_xet_available())
+    return not HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 def _first_line(error: BaseException) -> str:
