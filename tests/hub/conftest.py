@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_attrsub import build_basis
+from tests.basis.helpers import random_factors, save_many
 
 from . import jobs
 from .server import USER, Hub
@@ -51,6 +52,7 @@ class Place:
 
     client: Client
     user: str
+    hub: Hub | None = None  # for what only the tests' own Hub can tell
     made: list[str] = field(default_factory=list)
 
     def repo(self, name: str) -> str:
@@ -73,7 +75,7 @@ def _real_worker() -> Iterator[Worker | None]:
 def place(request: pytest.FixtureRequest, _real_worker: Worker | None, tmp_path: Path) -> Iterator[Place]:
     """The Hub of HF_ENDPOINT where HF_TOKEN is given as well, else the loopback one."""
     if _real_worker is None:
-        yield Place(request.getfixturevalue("client"), USER)
+        yield Place(request.getfixturevalue("client"), USER, request.getfixturevalue("hub"))
         return
     client = Client(_real_worker, tmp_path, os.environ["HF_TOKEN"])
     found = Place(client, client("me").value)
@@ -86,12 +88,12 @@ def place(request: pytest.FixtureRequest, _real_worker: Worker | None, tmp_path:
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """texture-{0,1,2} and geometry-{0,1,2}: LoRA adapters of jobs.base(); bases mined from them."""
     root = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    for attribute in ("texture", "geometry"):
-        for i in range(3):
-            lora = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
-            get_peft_model(jobs.base(), lora).save_pretrained(root / f"{attribute}-{i}")
-            torch.manual_seed(len(list(root.iterdir())))
+    names = [f"{attribute}-{i}" for attribute in ("texture", "geometry") for i in range(3)]
+    for seed, name in enumerate(names):
+        model = jobs.base()
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+        get_peft_model(model, lora).save_pretrained(root / name)
     groups = {a: [root / f"{a}-{i}" for i in range(3)] for a in ("texture", "geometry")}
     both = build_basis(groups, dim=2, base_model="toy/base", progress=False)
     both.save_pretrained(root / "basis")
@@ -100,6 +102,22 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fewer = {a: members[:2] for a, members in groups.items()}
     build_basis(fewer, dim=2, base_model="toy/base", progress=False).save_pretrained(root / "other")
     return root
+
+
+@pytest.fixture(scope="session")
+def _large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("large")
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"blocks.0.fc": (100_000, 60_000), "blocks.1.fc": (60_000, 60_000)}
+    adapters = save_many(root, [random_factors(shapes, 8, generator) for _ in range(2)])
+    build_basis({"texture": adapters}, dim=16, progress=False).save_pretrained(root / "basis")
+    return root / "basis"
+
+
+@pytest.fixture
+def large(_large: Path) -> Path:
+    """A basis of 18 MB: more than the 10 MB that a client takes in at once. Read only."""
+    return _large
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_attrsub import AttrSubspaceConfig, Basis, BasisError, build_basis
+from peft_attrsub import AttrSubspaceConfig, Basis, BasisError, build_basis, random_basis
 
 
 def call(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -45,11 +45,29 @@ def push(folder: str, repo: str, **options: Any) -> dict[str, Any]:
     return {"oid": info.oid, "source": basis.source, "revision": basis.revision, "pr_url": info.pr_url}
 
 
-def push_built(adapters: list[str], repo: str, **options: Any) -> dict[str, Any]:
+def push_built(adapters: Any, repo: str, **options: Any) -> dict[str, Any]:
     """A basis that was never saved to a folder."""
     basis = build_basis(adapters, dim=2, progress=False)
     info = basis.push_to_hub(repo, **options)
     return {"oid": info.oid, "digest": basis.digest, "source": basis.source, "revision": basis.revision}
+
+
+def push_then_tune(adapters: list[str], repo: str, folder: str) -> dict[str, Any]:
+    """One session from adapters to a tuned model; the basis is never saved to a folder."""
+    basis = build_basis(adapters, dim=2, progress=False)
+    basis.push_to_hub(repo)
+    return {**tune(basis, folder), "revision": basis.revision}
+
+
+def push_random(repo: str) -> str:
+    """A basis that was not mined; returns its digest."""
+    basis = random_basis(base(), dim=2)
+    basis.push_to_hub(repo)
+    return basis.digest
+
+
+def load_digest(name: str) -> str:
+    return Basis.from_pretrained(name).digest
 
 
 def load(name: str, **options: Any) -> dict[str, Any]:
@@ -67,7 +85,7 @@ def load(name: str, **options: Any) -> dict[str, Any]:
     }
 
 
-def build(adapters: list[str], **options: Any) -> dict[str, Any]:
+def build(adapters: Any, **options: Any) -> dict[str, Any]:
     basis = build_basis(adapters, dim=2, progress=False, **options)
     return {"digest": basis.digest, "revisions": [s.revision for s in basis.config.attributes[0].sources]}
 
@@ -92,6 +110,10 @@ def push_adapter(basis: Any, repo: str, **config: Any) -> dict[str, Any]:
 def use(adapter: str, **options: Any) -> list[Any]:
     """The outputs of the base model with a saved adapter."""
     return outputs(PeftModel.from_pretrained(base(), adapter, **options))
+
+
+def resave(adapter: str, folder: str) -> None:
+    PeftModel.from_pretrained(base(), adapter).save_pretrained(folder)
 
 
 def unadapted() -> list[Any]:

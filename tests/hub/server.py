@@ -146,9 +146,9 @@ class Hub:
     def repo(self, name: str) -> Repository:
         return self.store.repos[name]
 
-    def seed(self, folder: str | Path, name: str, private: bool = False) -> str:
+    def seed(self, folder: str | Path, name: str, private: bool = False, branch: str = "main") -> str:
         """Commit a folder as the whole content of a repository; returns the commit."""
-        return self.store.seed(Path(folder), name, private)
+        return self.store.seed(Path(folder), name, private, branch)
 
     def asked(self, pattern: str) -> list[Asked]:
         """Requests whose line ("PUT /path") the pattern is found in."""

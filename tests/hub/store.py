@@ -154,8 +154,8 @@ class Store:
         if role != "write":
             raise Refused(403, None, "This token has no write access: create one of role write")
 
-    def seed(self, folder: Path, name: str, private: bool = False, title: str = "upload") -> str:
-        """One commit that makes main of a repository equal to a folder; returns its sha."""
+    def seed(self, folder: Path, name: str, private: bool = False, branch: str = "main") -> str:
+        """One commit that makes a branch of a repository equal to a folder; returns its sha."""
         repo = self.repos.get(name) or self.create(name, private)
         files = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -164,5 +164,6 @@ class Store:
             files[relative] = kind(data)
             if files[relative].sha256:
                 repo.lfs[files[relative].sha256] = data
-        kept = {".gitattributes": repo.at("main").files[".gitattributes"]}
-        return repo.commit("main", title, {**kept, **files}, parent=repo.at("main").sha).sha
+        before = repo.at(repo.branches.get(branch, "main"))
+        kept = {".gitattributes": before.files[".gitattributes"]}
+        return repo.commit(branch, "seed", {**kept, **files}, parent=before.sha).sha

@@ -19,7 +19,7 @@ from tests.cli.zygote import Run
 ROOT = Path(__file__).resolve().parents[2]
 
 SERVER = r"""
-import importlib, json, os, sys, traceback
+import importlib, json, os, sys, time, traceback, warnings
 import torch, peft, transformers, accelerate, huggingface_hub.constants, peft_attrsub.cli
 import tests.hub.jobs as jobs
 
@@ -39,7 +39,16 @@ for line in sys.stdin:
         os.chdir(job["cwd"])
         for name, value in job["env"].items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-        importlib.reload(huggingface_hub.constants)  # reads the environment anew, as at a fresh import
+        # Both read the environment when they are imported; here that was before it was set.
+        constants = vars(importlib.reload(huggingface_hub.constants))
+        for module in [vars(m) for name, m in sys.modules.items() if name.startswith("peft_attrsub")]:
+            module.update({name: constants[name] for name in module if name.startswith("HF_")})
+        if job["env"]["MATPLOTLIB"] != "there":
+            sys.modules["matplotlib"] = None
+        if job["env"]["MATPLOTLIB"] == "unused":
+            warnings.filterwarnings("ignore", ".*matplotlib")
+        if job["env"]["NO_WAITING"]:
+            time.sleep = lambda seconds: None  # between the client's own attempts
         code = 0
         try:
             if "args" in job:
@@ -69,6 +78,11 @@ class Done:
     err: str
     answer: dict[str, Any] | None = None
 
+    def ok(self) -> Done:
+        """The process ended well."""
+        assert self.code == 0 and (self.answer is None or "value" in self.answer), (self.err, self.answer)
+        return self
+
     @property
     def value(self) -> Any:
         """What the job returned."""
@@ -80,8 +94,10 @@ class Done:
     def sentence(self) -> str:
         """The BasisError that the job, or the sentence on stderr that the command, ended with: one, on one line."""
         if self.answer is None:
-            assert self.code == 2 and self.out == "", (self.code, self.out, self.err)
-            text = self.err.rstrip("\n").removeprefix("peft-attrsub: ")
+            # huggingface_hub may have told before that it tries again.
+            told, _, text = self.err.rstrip("\n").rpartition("peft-attrsub: ")
+            assert self.code == 2 and self.out == "" and not told.rpartition("\n")[2], (self.code, self.out, self.err)
+            assert "Traceback" not in told and "Warning" not in told, told
         else:
             assert "error" in self.answer, self.answer
             text = self.answer["error"]
@@ -142,7 +158,9 @@ class Started(Run):
 class Client:
     """client("push", folder=..., repo=...) runs a job, client.cli("push", ...) the command; each a new process.
 
-    Options: home (the name of its cache; another name is an empty one), token (None: nobody), offline, xet.
+    Options: home (the name of its cache; another name is an empty one), as_token (None: nobody), offline,
+    xet (whether hf_xet may be used), matplotlib ("there", "missing", or "unused": missing, and nobody minds; drawing
+    is slow), impatient (does not wait between attempts).
     """
 
     def __init__(self, worker: Worker, root: Path, token: str | None) -> None:
@@ -171,4 +189,6 @@ class Client:
             "HF_TOKEN": options.pop("as_token", self.token),
             "HF_HUB_OFFLINE": "1" if options.pop("offline", False) else None,
             "HF_HUB_DISABLE_XET": None if options.pop("xet", False) else "1",
+            "MATPLOTLIB": options.pop("matplotlib", "unused"),
+            "NO_WAITING": "1" if options.pop("impatient", False) else None,
         }
