@@ -39,10 +39,18 @@ def outputs(model: nn.Module) -> list[Any]:
 # Bases
 
 
-def push(folder: str, repo: str, **options: Any) -> dict[str, Any]:
-    basis = Basis.from_pretrained(folder)
+def push(folder: str, repo: str, part: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """A basis from a folder, or the `part` of it that `select` gives; it stays readable after the push."""
+    basis = Basis.from_pretrained(folder).select(**part or {})
     info = basis.push_to_hub(repo, **options)
-    return {"oid": info.oid, "source": basis.source, "revision": basis.revision, "pr_url": info.pr_url}
+    basis.verify()
+    return {
+        "digest": basis.digest,
+        "oid": info.oid,
+        "source": basis.source,
+        "revision": basis.revision,
+        "pr_url": info.pr_url,
+    }
 
 
 def push_built(adapters: Any, repo: str, **options: Any) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def validate_yaml(store: Store, request: Request) -> Answer:
     return _json(record, 400 if errors else 200)
 
 
+@route("GET", "/api/models/{rev}")  # a name without a user: there is none here
 @route("GET", "/api/models/{repo}")
 @route("GET", "/api/models/{repo}/revision/{rev}")
 def info(store: Store, request: Request, name: str, revision: str = "main") -> Answer:

@@ -46,7 +46,7 @@ class Asked:
 class Fault:
     """What happens to the next `times` requests whose line ("GET /path") the pattern is found in.
 
-    cut: the connection ends after so many bytes of the body. status: this error instead of the answer.
+    cut: the connection ends after so many bytes of the body. status, code: this error instead of the answer.
     hold: the request waits, `reached` is set, until `go` is set.
     """
 
@@ -54,6 +54,7 @@ class Fault:
     times: int
     cut: int | None = None
     status: int | None = None
+    code: str = ""
     hold: bool = False
     reached: threading.Event = field(default_factory=threading.Event)
     go: threading.Event = field(default_factory=threading.Event)
@@ -118,8 +119,8 @@ class Hub:
     def cut(self, pattern: str, after: int, times: int = 1) -> Fault:
         return self._fault(Fault(pattern, times, cut=after))
 
-    def fail(self, pattern: str, status: int, times: int = 1) -> Fault:
-        return self._fault(Fault(pattern, times, status=status))
+    def fail(self, pattern: str, status: int, times: int = 1, code: str = "") -> Fault:
+        return self._fault(Fault(pattern, times, status=status, code=code))
 
     def hold(self, pattern: str) -> Fault:
         return self._fault(Fault(pattern, 1, hold=True))
@@ -193,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault.go.wait(60)
         request = Request(self.command, parts.path, parse_qs(parts.query), self.headers, body, self.hub.address)
         if fault is not None and fault.status:
-            self._send(entry, Answer(b"{}", fault.status), None)
+            self._send(entry, Answer(b"{}", fault.status, {"X-Error-Code": fault.code}), None)
         else:
             self._send(entry, safely(self.hub.store, request), fault.cut if fault else None)
 

@@ -89,6 +89,7 @@ def test_info_of_a_sharded_basis(hub, client, made, tmp_path):
     hub.seed(tmp_path / "shards", "user/x")
     ran = client.cli("info", "user/x", "--json").ok()
     assert json.loads(ran.out)["digest"] == digest(made / "basis")
+    assert client("load", name="user/x").value["digest"] == digest(made / "basis")
 
 
 def test_info_verify_reads_all_of_it(hub, client, made):
@@ -137,6 +138,30 @@ def test_what_the_hub_holds_may_be_no_basis(hub, client, made):
     hub.seed(made / "texture-0", "user/adapter")
     for said in (client("load", name="user/adapter").sentence, client.cli("info", "user/adapter").sentence):
         assert "user/adapter" in said and "basis_config.json" in said
+
+
+def test_a_gated_repository_is_named_as_such(hub, client, made):
+    hub.seed(made / "basis", "user/x")
+    hub.fail("/resolve/", 403, times=100, code="GatedRepo")
+    for said in (client("load", name="user/x").sentence, client.cli("info", "user/x").sentence):
+        assert "user/x" in said and "gated" in said
+
+
+def test_a_token_that_nobody_knows_is_the_reason(hub, client, made):
+    hub.seed(made / "basis", "user/x")
+    said = client("load", name="user/x", as_token="hf_unknown").sentence
+    assert "user/x" in said and "token" in said and "hf_unknown" not in said
+
+
+def test_a_damaged_basis_on_the_hub_is_found_out(hub, client, made, tmp_path):
+    shutil.copytree(made / "basis", tmp_path / "damaged")
+    data = bytearray((tmp_path / "damaged" / TENSORS).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "damaged" / TENSORS).write_bytes(data)
+    hub.seed(tmp_path / "damaged", "user/x")
+    assert "sha256" in client("load", name="user/x").sentence
+    assert "sha256" in client.cli("pull", "user/x", "-o", tmp_path / "out").sentence
+    assert not (tmp_path / "out").exists()
 
 
 # Connections that end, processes that die
@@ -214,9 +239,12 @@ def test_a_cache_that_only_info_has_filled_is_no_basis(hub, client, made):
     assert "user/x" in client("load", name="user/x", offline=True).sentence
 
 
-def test_a_hub_that_is_down_is_served_from_the_cache(hub, client, made):
+def test_the_cache_stands_in_for_a_hub_that_is_down_or_broken(hub, client, made):
     hub.seed(made / "basis", "user/x")
     client("load", name="user/x").ok()
     with hub.down():
         assert client("load", name="user/x", impatient=True).value["digest"] == digest(made / "basis")
         assert "user/x" in client("load", name="user/x", home="empty", impatient=True).sentence
+    hub.fail("GET /api/models/", 500, times=1000)
+    assert client("load", name="user/x", impatient=True).value["digest"] == digest(made / "basis")
+    assert "user/x" in client("load", name="user/x", home="empty", impatient=True).sentence

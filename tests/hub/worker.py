@@ -17,6 +17,11 @@ from typing import Any
 from tests.cli.zygote import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+# Settings of whoever runs the tests, which must not reach the clients.
+_OTHERS = [
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"),
+    *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE"),
+]
 
 SERVER = r"""
 import importlib, json, os, sys, time, traceback, warnings
@@ -112,8 +117,9 @@ class Worker:
         self.address = address
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         env.update(HF_ENDPOINT=address, HF_HUB_DISABLE_PROGRESS_BARS="1")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+        for name in _OTHERS:
             env.pop(name, None)
+        self.env = env
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
@@ -181,6 +187,13 @@ class Client:
         env = self._environment(options)
         assert not options, options
         return self.worker.start({"args": [str(a) for a in args]}, env, self.root)
+
+    def python(self, code: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """A new interpreter, which has imported nothing."""
+        env = {**self.worker.env, **self._environment(options)}
+        command = [sys.executable, "-c", code]
+        plain = {name: value for name, value in env.items() if value is not None}
+        return subprocess.run(command, env=plain, cwd=self.root, capture_output=True, text=True, timeout=120)
 
     def _environment(self, options: dict[str, Any]) -> dict[str, str | None]:
         home = self.root / options.pop("home", "home")
