@@ -31,6 +31,7 @@ FIELDS = {
         "scaling",
         "targets",
     },
+    "report": {"cases", "targets"},
     "tuner": {"cases"},
 }
 
@@ -115,6 +116,34 @@ def test_tuner_runs(tmp_path: Path) -> None:
     # A core keeps tokens x D for its gradient, per linear; LoRA keeps its input of tokens x m as well.
     assert rows["frozen base"]["saved_over_base_mib"] == 0
     assert 0 < rows["attrsub D=16"]["saved_over_base_mib"] < rows["LoRA r=16"]["saved_over_base_mib"]
+
+
+@pytest.mark.parametrize("figures", [True, False])
+def test_report_runs(tmp_path: Path, figures: bool) -> None:
+    output = tmp_path / "result.json"
+    flag = "--figures" if figures else "--no-figures"
+    printed = run("report", flag, "--output", str(output), "--work-dir", str(tmp_path / "work"))
+    result = json.loads(output.read_text())
+    check_header(result, "report")
+    assert result["quick"] is True and result["settings"]["figures"] is figures
+    assert [case["dim"] for case in result["cases"]] == [2, 4]
+    stages = {"analyse", "write_report", "explain"} | ({"save_figures"} if figures else set())
+    for case in result["cases"]:
+        assert case["stages"].keys() == stages
+        for stage in case["stages"].values():
+            assert stage["seconds"].keys() == stage["cpu_seconds"].keys() == STATISTICS
+            assert stage["seconds"]["median"] > 0
+        assert case["report_seconds"].keys() == STATISTICS
+        assert case.keys() >= {"peak_rss_mib", "peak_anon_mib"}
+        assert case["html_mb"] > case["json_mb"] > 0
+        assert bool(case["figures"]) is figures
+        # Eight modules, two attributes: one pair on two sides in each.
+        assert (case["modules"], case["spectra"], case["overlaps"], case["adapters"]) == (8, 16, 16, 6)
+    assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
+    assert "Targets" in printed
+    # The bases are kept for the next run, the adapters they were mined from are not.
+    (kept,) = (tmp_path / "work").iterdir()
+    assert {p.name for p in kept.iterdir()} == {"basis-2", "basis-4", "task"}
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
