@@ -108,6 +108,27 @@ def test_no_such_basis_is_a_sentence(tmp_path):
         analyse(str(tmp_path / "no-such-folder"))
 
 
+def test_no_mismatches_is_no_permutation_null(basis):
+    record = plain(analyse(basis, draws=2, mismatches=0).to_dict())
+    assert {o["permuted"] for o in record["overlaps"]} == {p["permuted_median"] for p in record["pairs"]} == {None}
+
+
+@pytest.mark.parametrize(("setting", "value"), [("draws", 0), ("mismatches", -1)])
+def test_settings_out_of_range_are_sentences(basis, setting, value):
+    with pytest.raises(BasisError, match=f"{setting}={value}"):
+        analyse(basis, **{setting: value})
+
+
+def test_one_path_where_several_are_expected_is_a_sentence(basis, task):
+    """A string is a sequence of letters, none of which is an adapter; the message must show what was given."""
+    try:
+        found = analyse(basis, task, draws=2).to_dict()["explained"]
+    except BasisError as error:
+        assert task in str(error)
+    else:
+        assert [one["adapter"] for one in found] == ["task"]
+
+
 # ---- the numbers ----
 
 

@@ -272,6 +272,15 @@ def test_mined_patterns(tmp_path, name):
         assert found["gap"] == pytest.approx(math.exp(0.02), rel=1e-4), "one step of the fading over h = 1 values"
 
 
+def test_mined_from_one_adapter(tmp_path):
+    """C is its update: rank 8 and no more values, so nothing can lie beyond; a fall among them is still seen."""
+    (found,) = analyse(mined(tmp_path / "flat", same(1, 8)), draws=5).to_dict()["spectra"]
+    assert found["singular_values"] == pytest.approx(mean_strengths(same(1, 8)), rel=1e-5)
+    assert (found["rank"], found["pattern"], found["weights"]) == (8, "none", [1.0])
+    (found,) = analyse(mined(tmp_path / "half", few(1, 8)), draws=5).to_dict()["spectra"]
+    assert (found["pattern"], found["suggested_dim"]) == ("below-rank", 4)
+
+
 def test_two_step_factor_is_the_number_of_adapters(tmp_path):
     """Common directions have strength 1 in C, an adapter's own 1/k."""
     (found,) = analyse(mined(tmp_path, common_and_own(8, 8)), draws=5).to_dict()["spectra"]
