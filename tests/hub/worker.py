@@ -115,7 +115,8 @@ class Worker:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         env.update(HF_ENDPOINT=address, HF_HUB_DISABLE_PROGRESS_BARS="1")
         for name in _OTHERS:
             env.pop(name, None)
