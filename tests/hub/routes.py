@@ -187,6 +187,8 @@ def refs(store: Store, request: Request, name: str) -> Answer:
 @route("POST", "/api/models/{repo}/branch/{rev}")
 def create_branch(store: Store, request: Request, name: str, branch: str) -> Answer:
     repo = store.writable(name, request.token)
+    if not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", branch):
+        raise Refused(400, None, f"Invalid reference name: {branch}")
     if branch in repo.branches:
         raise Refused(409, None, f"Reference already exists: refs/heads/{branch}")
     repo.branches[branch] = repo.at(request.json.get("startingPoint", "main")).sha

@@ -214,6 +214,15 @@ def test_a_name_that_is_no_hub_id_is_refused_before_anything_is_sent(hub, client
     assert not hub.log
 
 
+@pytest.mark.parametrize("options", [{"license": "nonsense"}, {"revision": "no branch"}])
+def test_what_the_hub_refuses_is_named(hub, client, made, options):
+    head = hub.seed(made / "basis", "user/x")
+    said = client("push", folder=made / "other", repo="user/x", **options).sentence
+    name, value = next(iter(options.items()))
+    assert "user/x" in said and (name in said or value in said)
+    assert hub.repo("user/x").branches == {"main": head}
+
+
 @pytest.mark.parametrize("what", ["POST .*/preupload/", "^PUT", "POST .*/commit/"])
 def test_a_hub_that_fails_on_the_way_is_a_sentence(hub, client, made, what):
     head = hub.seed(made / "basis", "user/x")
