@@ -88,11 +88,12 @@ def _spectra(data: dict[str, Any]) -> Finding:
             ]
             most, often = own.most_common(1)[0]
             bars.append(Bar(attribute, parts, f"{percent(often / own.total())} {most}"))
-    dropping = percent(1 - patterns["none"] / total)
+    dropping = total - patterns["none"]
+    text = f"{percent(dropping / total)} of {total} spectra fall sharply somewhere: there a shared subspace ends."
     return Finding(
         "Spectra",
         f"{PATTERNS[first].capitalize()} in {percent(count / total)} of the spectra",
-        f"{dropping} of {total} spectra fall sharply somewhere: there a shared subspace ends.",
+        text if dropping else "No spectrum falls sharply anywhere: none shows where a shared subspace would end.",
         bars,
     )
 
@@ -106,12 +107,13 @@ def _dimension(data: dict[str, Any]) -> Finding | None:
     both = [(s["dim"], s["suggested_dim"]) for s in data["spectra"] if s["suggested_dim"] is not None]
     text = "Medians: of the sum of squared singular values of C, and, captured, of the adapters' own squared norms."
     if both:
-        same, more = (sum(test) / len(both) for test in ([s == d for d, s in both], [s > d for d, s in both]))
-        median = statistics.median(s for _, s in both)
-        text += (
-            f" The suggested dimension (median {median:g}) is the one in use in {percent(same)}, "
-            f"larger in {percent(more)}, smaller in {percent(max(0.0, 1 - same - more))}."
-        )
+        counts = {
+            "the one in use": sum(s == d for d, s in both),
+            "larger": sum(s > d for d, s in both),
+            "smaller": sum(s < d for d, s in both),
+        }
+        shares = ", ".join(f"{what} in {percent(count / len(both))}" for what, count in counts.items() if count)
+        text += f" The suggested dimension (median {statistics.median(s for _, s in both):g}) is {shares}."
     bars = []
     for attribute in data["basis"]["attributes"]:
         rows = [s for s in data["spectra"] if s["attribute"] == attribute]
@@ -151,8 +153,13 @@ def _overlap(data: dict[str, Any]) -> Finding:
     text += (
         f"{percent(closest['share_below_null'])} of {counted(closest['modules'], 'module')} lie under the random band."
     )
-    headline = f"Most overlap: {closest['attribute']} and {closest['other']}, {value:.2f}"
-    return Finding("Overlap", f"{headline} (random {closest['null_median']:.2f})", text, scale=scale)
+    names = f"{closest['attribute']} and {closest['other']}"
+    if any(pair["median"] < pair["null_low"] for pair in pairs):
+        headline = f"Most overlap: {names}, {value:.2f} (random {closest['null_median']:.2f})"
+    else:
+        headline = "No pair overlaps more than random subspaces"
+        text = f"Closest are {names}, {value:.2f}. {text}"
+    return Finding("Overlap", headline, text, scale=scale)
 
 
 def _interval(middle: float, low: float, high: float) -> str:

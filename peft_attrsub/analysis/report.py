@@ -67,7 +67,8 @@ def write_report(analysis: Any, path: str | os.PathLike[str], title: str | None 
 def render(data: dict[str, Any], title: str | None = None) -> str:
     """The page as text, from `Analysis.to_dict()`."""
     basis = data["basis"]
-    heading = title or f"What {basis['source'] or basis['name']} holds"
+    name = basis["source"] or basis["name"]
+    heading = title or ("Basis" if name == "basis" else f"Basis {name}")
     scripts = "\n".join(_asset(f"js/{name}.js") for name in SCRIPTS)
     parts = {
         "title": escape(heading),

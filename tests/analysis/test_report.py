@@ -173,7 +173,7 @@ def test_a_basis_that_lacks_something_says_so(tmp_path: Path, changes: dict[str,
 def test_the_title_names_the_basis_unless_one_is_given(tmp_path: Path) -> None:
     data = synthetic(**TOY)
     path = tmp_path / "r.html"
-    assert "<title>What studio/vggt-attributes holds</title>" in write_report(data, path).read_text(encoding="utf-8")
+    assert "<title>Basis studio/vggt-attributes</title>" in write_report(data, path).read_text(encoding="utf-8")
     page = write_report(data, path, title="Cats & dogs").read_text(encoding="utf-8")
     assert "<title>Cats &amp; dogs</title>" in page
 

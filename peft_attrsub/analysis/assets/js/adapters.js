@@ -75,7 +75,7 @@ function adapterHead(column, index, view) {
   const button = make("button", { type: "button", text: column.name });
   button.addEventListener("click", () => {
     Object.assign(sorting, { descending: sorting.column === index && !sorting.descending, column: index });
-    refresh(view);
+    redraw(view);
     byId("adapters-table").querySelectorAll("th button")[index].focus();
     announce(`Sorted by ${column.name}, ${sorting.descending ? "descending" : "ascending"}`);
   });

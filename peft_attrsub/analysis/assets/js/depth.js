@@ -55,8 +55,8 @@ function drawDepth() {
     plot(chart, depthTraces(modules.filter((m) => m.kind === kind)), {
       height: 200,
       margin: { l: 46, r: 6, t: 8, b: 38 },
-      xaxis: { title: "depth", range: span, tickformat: "d", nticks: 7 },
-      yaxis: { type: "log", range, tickformat: "~g", nticks: 6 },
+      xaxis: { title: "depth", range: span, ...wholeTicks(...span) },
+      yaxis: { type: "log", range, ...logTicks(...range) },
     });
     if (chart.listening) continue;
     chart.listening = true;

@@ -143,5 +143,5 @@ function startExplained() {
     );
     if (modules.length) map.draw(gridOf(modules), { colors: VIRIDIS, low: 0, high: most });
   });
-  for (const select of [adapterSelect, attributeSelect]) select.addEventListener("change", () => refresh(view));
+  for (const select of [adapterSelect, attributeSelect]) select.addEventListener("change", () => redraw(view));
 }

@@ -1,6 +1,7 @@
 // A heat map of modules: a column per depth, a row per kind; a cell can be pointed at, walked to and chosen.
 
 const LOOSE_COLUMNS = 24;
+const WIDEST_CELL = 72;
 
 // Where every module goes. Those without a depth fill rows of their own, under the rest, in their order.
 function gridOf(modules) {
@@ -74,9 +75,10 @@ class HeatMap {
   draw(grid, { colors, low, high }) {
     this.grid = grid;
     const { box } = this;
-    const width = box.clientWidth;
-    const margin = gridMargins(grid, width);
-    const cellWidth = (width - margin.l - margin.r) / grid.width;
+    const margin = gridMargins(grid, box.clientWidth);
+    const room = box.clientWidth - margin.l - margin.r;
+    const cellWidth = Math.min(WIDEST_CELL, room / grid.width);
+    margin.r += room - cellWidth * grid.width;
     const cellHeight = grid.rows.length > 14 ? 18 : 22;
     const cells = grid.rows.map((row) => row.cells.map((m) => m && this.describe(m)));
     const hover = cells.map((row) => row.map((cell) => (cell ? cell.lines.map(label).join("<br>") : "")));

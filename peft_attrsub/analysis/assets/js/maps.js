@@ -208,7 +208,7 @@ function startMaps() {
   ]) {
     byId(id).addEventListener("change", (event) => {
       choice[name] = event.target.value;
-      refresh(view);
+      redraw(view);
     });
   }
 }

@@ -6,7 +6,7 @@ let moduleView = null;
 function chooseModule(module) {
   state.module = module;
   markChosenModule();
-  refresh(moduleView);
+  redraw(moduleView);
   announce(`Showing ${module.name}`);
   const panel = byId("module");
   if (panel.getBoundingClientRect().top > innerHeight - 220) {
@@ -79,17 +79,11 @@ function spectrumTraces(spectrum, attribute) {
   return drops.length ? [line, marks] : [line];
 }
 
-// Decades as people write them: 0.01, then powers.
-const decades = Array.from({ length: 81 }, (_, i) => i - 60);
-const decadeText = decades.map((p) =>
-  Math.abs(p) < 4 ? String(Number(`1e${p}`)) : `10<sup>${String(p).replace("-", "−")}</sup>`,
-);
-
 const spectrumLayout = (longest) => ({
   height: 340,
   margin: { l: 58, r: 10, t: 10, b: 44 },
-  xaxis: { title: "index", range: [0.2, longest + 0.8], tickformat: "d" },
-  yaxis: { title: "singular value", type: "log", tickvals: decades.map((p) => 10 ** p), ticktext: decadeText },
+  xaxis: { title: "index", range: [0.2, longest + 0.8], ...wholeTicks(0, longest) },
+  yaxis: { title: "singular value", type: "log", ...logTicks(-60, 20) },
 });
 
 function drawSpectrum(module) {
@@ -168,10 +162,24 @@ function nullTraces(random) {
   ];
 }
 
+// The pairs drawn: all of them, or, where they are too many for one chart, those of one attribute.
+const MOST_PAIRS = 10;
+function chosenPairs() {
+  const names = shownAttributes();
+  const select = byId("angles-of");
+  const many = shownPairs().length > MOST_PAIRS;
+  const options = [...(many ? [] : [["", "all pairs"]]), ...names.map((name) => [name, name])];
+  byId("angles-of-label").hidden = names.length < 3;
+  fillSelect(select, options, select.value);
+  return shownPairs().filter((pair) => names.length < 3 || !select.value || pair.includes(select.value));
+}
+
 function drawAngles(module) {
   const side = byId("angles-side").value;
-  const found = known(shownPairs().map(([a, b]) => overlapOf(module, a, b, side))).filter((o) => o.eigenvalues.length);
-  byId("angles-title").textContent = "Eigenvalues 1 − cos θ of each pair";
+  const found = known(chosenPairs().map(([a, b]) => overlapOf(module, a, b, side))).filter(
+    (o) => o.eigenvalues.length,
+  );
+  byId("angles-title").textContent = "Eigenvalues 1 − cos θ";
   const style = (o) => ({
     color: attributeColor(o.attribute),
     symbol: attributeSymbol(o.other),
@@ -186,6 +194,7 @@ function drawAngles(module) {
         ]
       : []),
   );
+  const most = Math.max(1, ...found.map((o) => o.eigenvalues.length));
   const nulls = [...new Set(found.map((o) => o.null))].flatMap((index) => nullTraces(data.nulls[index]));
   const lines = found.map((o) => ({
     type: "scatter",
@@ -204,8 +213,8 @@ function drawAngles(module) {
       margin: { l: 46, r: 10, t: 10, b: 44 },
       xaxis: {
         title: "principal angle",
-        tickformat: "d",
-        range: [0.5, Math.max(1, ...found.map((o) => o.eigenvalues.length)) + 0.5],
+        range: [0.5, most + 0.5],
+        ...wholeTicks(0, most),
       },
       yaxis: { title: "0 shared, 1 orthogonal", range: [-0.02, 1.04] },
     },
@@ -280,16 +289,18 @@ function drawModule() {
   byId("module-name").textContent = module.name;
   const place = module.depth === null ? "no depth" : `${module.kind}, depth ${module.depth}`;
   byId("module-size").textContent = `${place}; weight ${module.n} × ${module.m} (out × in)`;
-  byId("angles-figure").hidden = allAttributes.length < 2;
+  const single = allAttributes.length < 2;
+  byId("angles-figure").hidden = single;
+  byId("angles-figure").parentElement.classList.toggle("single", single);
   if (together && names.length) drawAllLayers(module, byId("all-layers-attribute").value);
   else drawSpectrum(module);
-  if (allAttributes.length > 1) drawAngles(module);
+  if (!single) drawAngles(module);
   drawModuleTable(module);
 }
 
 function startModule() {
   moduleView = addView(byId("module"), drawModule);
   byId("module-select").addEventListener("change", (event) => chooseModule(moduleNamed.get(event.target.value)));
-  for (const id of ["all-layers", "all-layers-attribute", "angles-side"])
-    byId(id).addEventListener("change", () => refresh(moduleView));
+  for (const id of ["all-layers", "all-layers-attribute", "angles-of", "angles-side"])
+    byId(id).addEventListener("change", () => redraw(moduleView));
 }

@@ -2,28 +2,29 @@
 
 const SIDES = { output: "Output side (U)", input: "Input side (V)" };
 
+// Medians of a band's mean and ends over modules.
+const middleBand = (bands) =>
+  Object.fromEntries(["mean", "low", "high"].map((name) => [name, median(bands.map((one) => one[name]))]));
+
 // The numbers of one pair and side over the modules shown.
 function pairNumbers(a, b, side, modules) {
   const rows = known(modules.map((module) => overlapOf(module, a, b, side)));
   if (!rows.length) return null;
   const random = rows.map(nullOf);
   const permuted = rows.map(permutedOf).filter(Boolean);
-  const middle = (list, name) => median(list.map((row) => row[name]));
   return {
     rows,
     median: median(rows.map((o) => o.smallest)),
     under: rows.filter((o, i) => o.smallest < random[i].low).length / rows.length,
-    random: { mean: middle(random, "mean"), low: middle(random, "low"), high: middle(random, "high") },
-    permuted: permuted.length
-      ? { mean: middle(permuted, "mean"), low: middle(permuted, "low"), high: middle(permuted, "high") }
-      : null,
+    random: middleBand(random),
+    permuted: permuted.length ? middleBand(permuted) : null,
   };
 }
 
 // Smaller than the null means more overlap: said in words, since the direction is easily mistaken.
 function comparison(value, { low, high }, what) {
   if (value < low) return `more overlap than ${what}`;
-  return value > high ? `less overlap than ${what}` : `as much overlap as ${what}`;
+  return value > high ? `less overlap than ${what}` : `overlap like ${what}`;
 }
 
 function meter(value, random) {
@@ -93,6 +94,36 @@ const strips = Object.fromEntries(
   }),
 );
 
+// Every point is marked by its own random band, since modules of different sizes have different ones.
+const STANDINGS = [
+  { text: "a module under its random band: more overlap", symbol: "circle", of: (o, r) => o.smallest < r.low },
+  { text: "inside it", symbol: "circle-open", of: (o, r) => o.smallest >= r.low && o.smallest <= r.high },
+  { text: "above it", symbol: "x", of: (o, r) => o.smallest > r.high },
+];
+const standingColor = (standing) => css(standing === STANDINGS[0] ? "accent" : "soft");
+
+function standingTrace(standing, points) {
+  const own = points.filter(({ o }) => standing.of(o, nullOf(o)));
+  return {
+    type: "scatter",
+    mode: "markers",
+    x: own.map(({ o }) => o.smallest),
+    y: own.map(({ y }) => y),
+    customdata: own.map(({ o }) => o.module),
+    marker: { color: standingColor(standing), symbol: standing.symbol, size: 5, opacity: 0.6 },
+    text: own.map(({ o }) => [o.module, ...overlapLines(o)].map(label).join("<br>")),
+    hovertemplate: "%{text}<extra></extra>",
+  };
+}
+
+// Modules of one size share a random band; of their mismatched layers the median band is drawn.
+function bandsBySize(rows) {
+  return [...new Set(rows.map((o) => o.null))].map((index) => {
+    const permuted = rows.filter((o) => o.null === index && permutedOf(o)).map(permutedOf);
+    return { random: nullOf({ null: index }), permuted: permuted.length ? middleBand(permuted) : null };
+  });
+}
+
 function drawStrip(side, modules) {
   const { chart } = strips[side];
   const found = shownPairs()
@@ -113,18 +144,7 @@ function drawStrip(side, modules) {
   });
   plot(
     chart,
-    [
-      {
-        type: "scatter",
-        mode: "markers",
-        x: points.map(({ o }) => o.smallest),
-        y: points.map(({ y }) => y),
-        customdata: points.map(({ o }) => o.module),
-        marker: { color: css("accent"), size: 5, opacity: 0.5 },
-        text: points.map(({ o }) => [o.module, ...overlapLines(o)].map(label).join("<br>")),
-        hovertemplate: "%{text}<extra></extra>",
-      },
-    ],
+    STANDINGS.map((standing) => standingTrace(standing, points)),
     {
       height: 54 * found.length + 44,
       margin: { l: 8, r: 8, t: 4, b: 40 },
@@ -135,8 +155,10 @@ function drawStrip(side, modules) {
       },
       yaxis: { range: [found.length - 0.6, -0.75], showgrid: false, showticklabels: false },
       shapes: found.flatMap((pair, y) => [
-        shape(y, pair.random, { fillcolor: css("null"), opacity: 0.5 }),
-        ...(pair.permuted ? [shape(y, pair.permuted, { line: { color: css("soft"), width: 1.5, dash: "dot" } })] : []),
+        ...bandsBySize(pair.rows).flatMap(({ random, permuted }) => [
+          shape(y, random, { fillcolor: css("null"), opacity: 0.4 }),
+          ...(permuted ? [shape(y, permuted, { line: { color: css("soft"), width: 1.5, dash: "dot" } })] : []),
+        ]),
         {
           type: "line",
           x0: pair.median,
@@ -174,10 +196,12 @@ function drawOverlap() {
   tables.className = shownAttributes().length > 4 ? "stack" : "pair even";
   tables.replaceChildren(...Object.keys(SIDES).map((side) => overlapTable(side, modules)));
   byId("strip-legend").replaceChildren(
-    lineKey("a module", { color: css("accent"), symbol: "circle", line: false }),
+    ...STANDINGS.map((standing) =>
+      lineKey(standing.text, { color: standingColor(standing), symbol: standing.symbol, line: false }),
+    ),
     squareKey("median", css("warn")),
-    squareKey("random subspaces, 95 %", css("null")),
-    lineKey("mismatched layers, band", { color: css("soft"), dash: "2 2" }),
+    squareKey("random subspaces, 95 % (one band per size)", css("null")),
+    lineKey("mismatched layers, 95 %", { color: css("soft"), dash: "2 2" }),
   );
   byId("overlap-strips").replaceChildren(...Object.values(strips).map(({ box }) => box));
   for (const side of Object.keys(SIDES)) drawStrip(side, modules);

@@ -6,6 +6,7 @@ const DARK = ["#5aaae6", "#f2854a", "#2fc394", "#e09cc6", "#edb93d", "#9fd4f5", 
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star"];
 const PATHS = {
   circle: "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",
+  "circle-open": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0ZM-2.6,0a2.6,2.6 0 1,1 5.2,0a2.6,2.6 0 1,1 -5.2,0Z",
   square: "M-3.5,-3.5H3.5V3.5H-3.5Z",
   diamond: "M0,-4.8L4.8,0L0,4.8L-4.8,0Z",
   "triangle-up": "M0,-4.6L4.4,3.2H-4.4Z",
@@ -65,6 +66,30 @@ function shortened(text, width, size) {
   return cut();
 }
 
+const FONT = "system-ui, -apple-system, Segoe UI, Roboto, Arial, sans-serif";
+
+// Ticks at whole numbers only, about eight over the range.
+const wholeTicks = (low, high) => ({
+  tick0: 0,
+  dtick: [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => (high - low) / step <= 8) ?? 1000,
+});
+
+// Ticks of a logarithmic axis from 10^low to 10^high: the closer its ends, the more between the decades.
+function logTicks(low, high) {
+  const within = high - low < 0.6 ? [1, 1.5, 2, 3, 4, 5, 7] : high - low < 3 ? [1, 2, 5] : [1];
+  const powers = Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, i) => Math.floor(low) + i);
+  const values = powers.flatMap((power) => within.map((digit) => digit * 10 ** power));
+  return { tickvals: values, ticktext: values.map((value) => logText(value)) };
+}
+
+// 0.02 as it is; what is far from 1 as a power of ten.
+function logText(value) {
+  const power = Math.floor(Math.log10(value) + 1e-9);
+  if (Math.abs(power) < 4) return String(Number(value.toPrecision(2)));
+  const digit = Number((value / 10 ** power).toPrecision(2));
+  return `${digit === 1 ? "" : `${digit}·`}10<sup>${String(power).replace("-", "−")}</sup>`;
+}
+
 function axis(settings = {}) {
   return {
     gridcolor: css("grid"),
@@ -87,11 +112,11 @@ function plot(element, traces, layout, { zoom = false } = {}) {
     dragmode: zoom ? "zoom" : false,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: "system-ui, -apple-system, Segoe UI, Roboto, Arial, sans-serif", size: 12, color: css("soft") },
+    font: { family: FONT, size: 12, color: css("soft") },
     hoverlabel: {
       bgcolor: css("card"),
       bordercolor: css("line"),
-      font: { color: css("ink"), size: 12 },
+      font: { color: css("ink"), size: 12, family: FONT },
       align: "left",
       namelength: -1,
     },
@@ -127,7 +152,7 @@ function lineKey(text, { color, symbol, markColor = color, dash = "", line = tru
     svg.setAttribute(name, value);
   if (line)
     shape("line", { x1: -13, x2: 13, y1: 0, y2: 0, stroke: color, "stroke-width": 2, "stroke-dasharray": dash });
-  if (symbol) shape("path", { d: PATHS[symbol], fill: markColor });
+  if (symbol) shape("path", { d: PATHS[symbol], fill: markColor, "fill-rule": "evenodd" });
   return make("span", { className: "key" }, svg, make("span", { text }));
 }
 
@@ -172,14 +197,18 @@ function addView(element, draw) {
 
 function drawNear() {
   for (const view of views) {
-    if (!view.near || !view.stale) continue;
-    view.stale = false;
-    view.draw();
+    if (view.near && view.stale) redraw(view);
   }
 }
 
-function refresh(...only) {
-  for (const view of only.length ? only : views) view.stale = true;
+// One part, at once: what a control inside it changed.
+function redraw(view) {
+  view.stale = false;
+  view.draw();
+}
+
+function refresh() {
+  for (const view of views) view.stale = true;
   drawNear();
   whenIdle(drawRest);
 }
@@ -190,7 +219,6 @@ const whenIdle = (work) => (window.requestIdleCallback ? requestIdleCallback(wor
 function drawRest() {
   const view = views.find(({ stale }) => stale);
   if (!view) return;
-  view.stale = false;
-  view.draw();
+  redraw(view);
   whenIdle(drawRest);
 }
