@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -343,12 +344,20 @@ def _tell(record: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]]
 def _run(work: Callable[[], None], debug: bool) -> None:
     """Errors are one sentence on standard error and exit code 2; --debug shows the traceback."""
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            work()
     except (BasisError, ValueError, OSError) as error:
         if debug:
             raise
         print(f"peft-attrsub: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _note(message: Warning | str, category: type[Warning], *where: Any, **kwargs: Any) -> None:
+    """A warning as one line; only those that are meant for users."""
+    if issubclass(category, UserWarning):
+        print(f"peft-attrsub: note: {message}", file=sys.stderr)
 
 
 def _version(show: bool) -> None:

@@ -19,7 +19,7 @@ from .card import full_card, model_card
 from .config import CONFIG_NAME, AttributeRecord, BasisConfig, read_config
 from .errors import BasisError
 from .files import atomic_folder
-from .hub import HubOptions, fetch, push_folder, split_revision
+from .hub import HubOptions, fetch, open_repo, push_folder, split_revision
 from .joint import check_columns, orthonormalise, spectral_weights
 from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
@@ -340,7 +340,8 @@ class Basis:
         """Upload the basis with its model card in one commit; an unchanged basis makes none.
 
         Args:
-            repo_id: `user/name`; made if it does not exist. private: of a repository that is made.
+            repo_id: `user/name`; made if it does not exist. private: of a repository that is made; one that
+                exists and is public is refused then.
             revision: branch to push to, made if it does not exist; default the main one.
             commit_message, token, create_pr: as everywhere in huggingface_hub. license: an identifier of the
                 Hub for the card, e.g. "apache-2.0"; default "other".
@@ -351,22 +352,16 @@ class Basis:
         Raises:
             BasisError: no right to write, no connection, no Xet storage; nothing was committed.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            config = write_basis(self, Path(folder), None, "5GB")
-            card = full_card(Basis(config, self._blocks), repo_id, Path(folder), license)
-            (Path(folder) / "README.md").write_text(card)
-            info = push_folder(
-                Path(folder),
-                repo_id,
-                [*PATTERNS, FIGURES],
-                private=private,
-                revision=revision,
-                commit_message=commit_message or f"Basis of {', '.join(self.attributes)}",
-                token=token,
-                create_pr=create_pr,
-            )
+        target = open_repo(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            config = write_basis(self, folder, None, "5GB")
+            card = full_card(Basis(config, self._blocks), target.repo_id, folder, license)
+            (folder / "README.md").write_text(card)
+            message = commit_message or f"Basis of {', '.join(self.attributes)}"
+            info = push_folder(folder, target, [*PATTERNS, FIGURES], message)
         self.config, self._digest = config, None
-        self.source, self.revision = info.repo_url.repo_id, info.oid
+        self.source, self.revision = target.repo_id, info.oid
         return info
 
     # Python's own

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from .errors import BasisError
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+    from huggingface_hub import CommitInfo, HfApi
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -57,6 +58,10 @@ def fetch(
     if is_local(name):
         return Path(name).expanduser(), None
     repo, given = split_revision(os.fspath(name))
+    if given and revision and given != revision:
+        raise BasisError(
+            f"{what} {os.fspath(name)!r} names the revision {given!r}, revision={revision!r} another one."
+        )
     if not _HUB_ID.fullmatch(repo) or repo.count("/") > 1:
         raise BasisError(f"{what} {repo!r} was not found: expected an existing folder or a Hub id 'user/name'.")
     from huggingface_hub import snapshot_download
@@ -76,48 +81,81 @@ def fetch(
     return Path(folder), Path(folder).name
 
 
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    replaced: Sequence[str],
-    *,
-    private: bool | None,
-    revision: str | None,
-    commit_message: str,
-    token: str | bool | None,
-    create_pr: bool,
-) -> CommitInfo:
+@dataclass(frozen=True)
+class Target:
+    """A repository ready to be written to: its full id, the branch, and the commit that the branch is at."""
+
+    api: HfApi
+    repo_id: str
+    branch: str | None
+    head: str
+    create_pr: bool
+
+
+def open_repo(
+    repo_id: str, *, private: bool | None, revision: str | None, token: str | bool | None, create_pr: bool
+) -> Target:
+    """Find or make the repository and the branch, so that a missing right shows before any work is done."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise BasisError(
+            f"{repo_id!r} cannot name a repository: expected 'user/name' ({_first_line(error)})."
+        ) from error
+    api, what = HfApi(token=token), f"the push to {repo_id!r}"
+    try:
+        # A repository that exists may be writable for someone who may not make one.
+        if "/" not in repo_id or not api.repo_exists(repo_id):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise BasisError(
+                f"{repo_id!r} exists already and is public, so private=True would not hide it: make it "
+                "private on the Hub first, or give another name."
+            )
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.repo_info(repo_id, revision=revision).sha
+    except BasisError:
+        raise
+    except Exception as error:
+        raise _sentence(error, what, revision, pushing=True) from error
+    return Target(api, repo_id, revision, str(head), create_pr)
+
+
+def push_folder(folder: Path, target: Target, replaced: Sequence[str], commit_message: str) -> CommitInfo:
     """Upload a folder in ONE commit, so that no revision of the repository holds half of it.
 
     Files of the repository that match the patterns `replaced` and are not in the folder are deleted; unchanged
-    files are not sent, and without any change there is no commit.
+    files are not sent, and without any change there is no commit. What others pushed meanwhile is not mixed in.
     """
-    from fnmatch import fnmatch
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    api = HfApi(token=token)
     try:
-        # The repository may exist and be writable for someone who may not create one.
-        if not api.repo_exists(repo_id):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         new = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        held = api.list_repo_files(repo_id, revision=revision)
-        stale = [name for name in held if name not in new and any(fnmatch(name, p) for p in replaced)]
-        return api.create_commit(
-            repo_id,
+        held = target.api.list_repo_files(target.repo_id, revision=target.head)
+        stale = [name for name in held if name not in new and matches(name, replaced)]
+        return target.api.create_commit(
+            target.repo_id,
             [
                 *(CommitOperationAdd(name, path) for name, path in new.items()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
             commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
+            revision=target.branch,
+            create_pr=target.create_pr,
+            parent_commit=target.head,
         )
     except Exception as error:
-        raise _sentence(error, f"the push to {repo_id!r}", revision, pushing=True) from error
+        raise _sentence(error, f"the push to {target.repo_id!r}", target.branch, pushing=True) from error
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file of a repository is one of ours."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def read_header(repo_id: str, file: str, revision: str | None, token: str | bool | None) -> dict[str, tuple[int, ...]]:
@@ -163,12 +201,16 @@ def _sentence(error: Exception, what: str, revision: str | None, pushing: bool =
             f"{what}{asked} is not in the local cache, and {place} was not reached (offline mode, local_files_only "
             f"or no connection: {_first_line(error.__cause__ or error)}): connect and load it once."
         )
+    if pushing and status in (409, 412):
+        return BasisError(f"{what} was refused by {place}: somebody else has pushed meanwhile; push again.")
+    if pushing and status is not None and 400 <= status < 500:
+        return BasisError(f"{what} was refused by {place}: {_first_line(error)}; nothing was committed.")
     if pushing and _uses_xet():
         return BasisError(
             f"{what} failed: {_first_line(error)}. If {place} is self-hosted and has no Xet storage, set "
             "HF_HUB_DISABLE_XET=1 and push again; nothing was committed."
         )
-    again = "nothing was committed; push again" if pushing else "what was downloaded is kept; load it again to resume"
+    again = "nothing was committed; push again" if pushing else "files that arrived whole are kept; load it again"
     kind = "" if isinstance(error, (HfHubHTTPError, OSError, ValueError)) else f"{type(error).__name__}: "
     return BasisError(f"{what} failed on {place}: {kind}{_first_line(error)}; {again}.")
 
@@ -180,5 +222,9 @@ def _uses_xet() -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    """The server's own words where it sent some, else the first line of the error."""
+    said = getattr(error, "server_message", None)
+    lines = (said or str(error)).strip().splitlines()
+    # A card that the Hub finds invalid is a ValueError, which lists what is wrong line by line.
+    whole = said or type(error) is ValueError
+    return " ".join(lines if whole else lines[:1]).rstrip(".:") or type(error).__name__

@@ -13,7 +13,7 @@ from .blocks import index_blocks
 from .config import CONFIG_NAME, read_config
 from .errors import BasisError
 from .files import atomic_folder
-from .hub import HubOptions, fetch, is_local, read_header, split_revision
+from .hub import HubOptions, fetch, is_local, matches, read_header, split_revision
 from .storage import INDEX_NAME, RECORDS_NAME, FileStore, tensor_files
 
 
@@ -71,7 +71,7 @@ def pull_basis(
         folder, _ = fetch(name, [*PATTERNS, FIGURES], "basis", revision, HubOptions(token=token))
         read_config(folder, name)
         for path in folder.rglob("*"):
-            if path.is_file():
+            if path.is_file() and matches(path.relative_to(folder).as_posix(), [*PATTERNS, FIGURES]):
                 copy = beside / path.relative_to(folder)
                 copy.parent.mkdir(exist_ok=True)
                 # The cache holds links; a copy must stand alone.

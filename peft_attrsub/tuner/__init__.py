@@ -1,5 +1,6 @@
 """The PEFT method dW = A M B^T; importing this room registers it with PEFT."""
 
+from .adapter_card import keep_card_on_push
 from .config import AttrSubspaceConfig
 from .layer import AttrSubspaceLayer
 from .lora_export import export_lora
@@ -8,6 +9,7 @@ from .model import AttrSubspaceModel
 from .registration import register
 
 register(AttrSubspaceConfig, AttrSubspaceModel)
+keep_card_on_push(AttrSubspaceConfig)
 
 __all__ = [
     "AttrSubspaceConfig",

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
 
 from ..basis.hub import is_local, split_revision
+
+if TYPE_CHECKING:
+    from .config import AttrSubspaceConfig
 
 _BEGIN, _END = "<!-- peft_attrsub: which basis -->", "<!-- peft_attrsub: end -->"
 _TAG = "peft-attrsub"
 
 
-def update_card(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+def update_card(folder: str | os.PathLike[str], config: Mapping[str, Any], repo_id: str | None = None) -> None:
     """Put the section into the README.md that PEFT has written for this adapter; without one, do nothing.
 
-    PEFT saves an adapter that is not named "default" in a folder of its own, below its card.
+    PEFT saves an adapter that is not named "default" in a folder of its own, below its card. repo_id: where the
+    adapter is going, if that is known.
     """
     from huggingface_hub import ModelCard
 
@@ -33,7 +40,7 @@ def update_card(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> No
         return
     card.data.tags = sorted({*(card.data.tags or []), _TAG})
     begin, end = (f"{mark[:-4]} ({here.name}) -->" if named else mark for mark in (_BEGIN, _END))
-    section = f"{begin}\n{_section(config, here.name if named else None)}\n{end}"
+    section = f"{begin}\n{_section(config, here.name if named else None, repo_id or 'this/repository')}\n{end}"
     found = re.search(re.escape(begin) + ".*?" + re.escape(end), card.text, re.DOTALL)
     if found:
         card.text = card.text[: found.start()] + section + card.text[found.end() :]
@@ -42,7 +49,31 @@ def update_card(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> No
     card.save(path)
 
 
-def _section(config: Mapping[str, Any], name: str | None) -> str:
+def keep_card_on_push(config_cls: type[AttrSubspaceConfig]) -> None:
+    """Have PeftModel.push_to_hub upload the card of an adapter of ours; calling it again changes nothing.
+
+    transformers' push_to_hub, which PeftModel inherits, saves a blank card over the one that save_pretrained has
+    written. Its last step, `_upload_modified_files`, is the only place where the right one can be put back.
+    """
+    inherited = PeftModel._upload_modified_files
+    if getattr(inherited, "_keeps_card", False):
+        return
+
+    @wraps(inherited)
+    def upload(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        ours = {name: config for name, config in self.peft_config.items() if isinstance(config, config_cls)}
+        if ours:
+            self.create_or_update_model_card(working_dir)
+        for name, config in ours.items():
+            folder = working_dir if name == "default" else os.path.join(working_dir, name)
+            update_card(folder, config.saved_dict(), repo_id)
+        return inherited(self, working_dir, repo_id, *args, **kwargs)
+
+    upload._keeps_card = True  # type: ignore[attr-defined]
+    PeftModel._upload_modified_files = upload
+
+
+def _section(config: Mapping[str, Any], name: str | None, repo_id: str) -> str:
     subfolder = f', subfolder="{name}"' if name else ""
     title = f"## Attribute-subspace adapter{f' {name!r}' if name else ''}"
     return f"""{title}
@@ -53,7 +84,7 @@ This adapter holds only the cores M of dW = A M B^T; {_needs(config)}
 import peft_attrsub  # pip install peft-attrsub; teaches PEFT this kind of adapter
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, "this/repository"{subfolder})
+model = PeftModel.from_pretrained(model, "{repo_id}"{subfolder})
 ```"""
 
 
@@ -76,8 +107,7 @@ def _needs(config: Mapping[str, Any]) -> str:
         if is_local(name) or os.path.isabs(name):
             parts.append(f"`{Path(name).name}`, a folder of the machine it was trained on")
         else:
-            parts.append(
-                f"[`{repo}`](https://huggingface.co/{repo})" + (f" at revision `{revision}`" if revision else "")
-            )
+            link = f"[`{repo}`]({ENDPOINT}/{repo})"
+            parts.append(f"{link} at revision `{revision}`" if revision else link)
     noun = "the basis" if len(parts) == 1 else "the bases"
     return f"A and B come from {noun} {', '.join(parts)} ({digest}), which PEFT fetches and checks by itself."

@@ -94,6 +94,8 @@ class AttrSubspaceConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        # How the adapter itself was reached on the Hub; no part of the saved config.
+        self._hub: dict[str, Any] = {}
         for name in ("target_modules", "exclude_modules", "lora_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -193,8 +195,9 @@ class AttrSubspaceConfig(PeftConfig):
 
     def _load(self, name: str | os.PathLike[str]) -> Basis:
         try:
-            own = split_revision(os.fspath(name))[1] if isinstance(self.basis, (list, tuple)) else None
-            return Basis.from_pretrained(name, revision=own or self.basis_revision)
+            listed = isinstance(self.basis, (list, tuple))
+            bare, own = split_revision(os.fspath(name)) if listed else (name, None)
+            return Basis.from_pretrained(bare, revision=own or self.basis_revision, **self._hub)
         except BasisError as error:
             if self.basis_digest is None:
                 raise
@@ -230,9 +233,19 @@ class AttrSubspaceConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, pinned to the basis by revision and digest; name the basis in the card."""
-        pinned = _Saved(self)
-        PeftConfig.save_pretrained(pinned, save_directory, **kwargs)
-        update_card(save_directory, pinned.to_dict())
+        PeftConfig.save_pretrained(_Saved(self), save_directory, **kwargs)
+        update_card(save_directory, self.saved_dict())
+
+    def saved_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds."""
+        return {**self.to_dict(), "peft_type": SAVED_TYPE, "basis_in_adapter": self.stores_basis}
+
+    @classmethod
+    def from_pretrained(cls, name: str, subfolder: str | None = None, **kwargs: Any) -> AttrSubspaceConfig:
+        """Read adapter_config.json from a folder or the Hub; token and cache_dir serve for the basis too."""
+        config: AttrSubspaceConfig = super().from_pretrained(name, subfolder, **kwargs)
+        config._hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if kwargs.get(key)}
+        return config
 
 
 class _Saved:
@@ -242,10 +255,7 @@ class _Saved:
         self._config = config
 
     def to_dict(self) -> dict[str, Any]:
-        record = self._config.to_dict()
-        record["peft_type"] = SAVED_TYPE
-        record["basis_in_adapter"] = self._config.stores_basis
-        return record
+        return self._config.saved_dict()
 
 
 def _plain(value: Any) -> Any:
