@@ -87,7 +87,9 @@ def _spectra(data: dict[str, Any]) -> Finding:
                 (p, own[p] / own.total(), f"{PATTERNS[p]}: {own[p]} of {own.total()}") for p in PATTERNS if own[p]
             ]
             most, often = own.most_common(1)[0]
-            bars.append(Bar(attribute, parts, f"{percent(often / own.total())} {most}"))
+            bars.append(
+                Bar(attribute, parts, f"{percent(often / own.total())} {'no drop' if most == 'none' else most}")
+            )
     dropping = total - patterns["none"]
     text = f"{percent(dropping / total)} of {total} spectra fall sharply somewhere: there a shared subspace ends."
     return Finding(

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from peft_attrsub.analysis import write_report
+from peft_attrsub.analysis import analyse, write_report
 from peft_attrsub.basis import BasisError
 
+from .helpers import layered_basis
 from .synthetic import synthetic
 
 HOSTILE = '</script><img src=x onerror="alert(1)"><b>bold</b>\u2028& "quoted"'
@@ -62,6 +63,15 @@ def test_the_page_holds_the_whole_analysis(vggt_page: Path) -> None:
     held = embedded(vggt_page.read_text(encoding="utf-8"))
     data = synthetic()
     assert {key: held[key] for key in data} == data
+
+
+def test_a_real_analysis_is_taken_as_it_is(tmp_path: Path) -> None:
+    analysis = analyse(layered_basis(3, "by layer"), draws=20)
+    path = write_report(analysis, tmp_path / "r.html")
+    held = embedded(path.read_text(encoding="utf-8"))
+    wanted = analysis.to_dict()
+    assert {key: held[key] for key in wanted} == wanted
+    assert "Most overlap: texture and geometry, 0.00" in findings(path.read_text(encoding="utf-8"))
 
 
 def test_the_page_fetches_nothing(vggt_page: Path) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from peft_attrsub.analysis import write_report
+from peft_attrsub.analysis import analyse, write_report
 
+from .helpers import layered_basis
 from .synthetic import synthetic
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
@@ -445,6 +446,20 @@ def test_other_shapes_of_analyses_draw_without_an_error(
     page.locator("#adapters").scroll_into_view_if_needed()
     page.wait_for_function("() => document.querySelector('#adapters-text').textContent")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1400
+
+
+def test_a_real_analysis_draws_what_it_says(opened: Open, tmp_path: Path) -> None:
+    analysis = analyse(layered_basis(3, "by layer"), draws=20)
+    page = opened(write_report(analysis, tmp_path / "r.html"))
+    page.select_option("#quantity", "eigenvalue")
+    data = analysis.to_dict()
+    output = [o for o in data["overlaps"] if o["side"] == "output"]
+    assert heat(page, 0) == [[o["smallest"] for o in output]]
+    assert points(page, "#angles")[-1]["y"] == output[1]["eigenvalues"]
+    expect(page.locator("#overlap-tables strong")).to_have_text(["0.00", "0.00"])
+    # Nothing was mined: the stored singular values are all there is.
+    expect(page.locator("#adapters-text")).to_have_text("This basis names no source adapters.")
+    expect(page.locator("#module-table tbody tr").first).to_contain_text("–")
 
 
 def test_a_report_of_vggt_size_draws_every_part(opened: Open, tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ function adapterRows() {
   return rows.sort((a, b) => (sorting.descending ? -1 : 1) * compare(a, b));
 }
 
+// Two decimals, so that a column lines up; what they would round to nothing keeps its digits.
+const decimals = (value) => (value > 0 && value < 0.01 ? number(value) : fixed(value));
+
+// A path that may break behind its slashes.
+const breakable = (path) => path.split(/(?<=\/)/).flatMap((part) => [part, make("wbr")]);
+
 function adapterRow(adapter) {
   const dot = make("i", { className: "dot" });
   dot.style.background = attributeColor(adapter.attribute);
@@ -62,9 +68,9 @@ function adapterRow(adapter) {
     "tr",
     {},
     make("td", { className: "text" }, dot, adapter.attribute),
-    make("th", { scope: "row" }, adapter.adapter, ...revision),
+    make("th", { scope: "row" }, ...breakable(adapter.adapter), ...revision),
     ...[adapter.weight_median, adapter.weight_min, adapter.weight_max, adapter.residual_median].map((value) =>
-      make("td", { text: number(value) }),
+      make("td", { text: decimals(value) }),
     ),
     make("td", { text: percent(adapter.energy_median) }),
     muted,

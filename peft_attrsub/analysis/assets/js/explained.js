@@ -1,6 +1,6 @@
 // Adapters held against the basis: the share of their norm inside it, beside what a random update would have.
 
-const JOINT = "all attributes together";
+const JOINT = "all together";
 const chosenShare = (part, attribute) =>
   attribute === JOINT ? { share: part.joint, expected: part.expected } : part.attributes[attribute];
 
@@ -136,7 +136,7 @@ function startExplained() {
     drawShares(sharesOf(adapter));
     const modules = shownModules();
     const most = Math.max(1e-6, ...adapter.modules.map((row) => chosenShare(row, attributeSelect.value).share));
-    heading.textContent = `${attributeSelect.value}, module by module`;
+    heading.textContent = `Share by module: ${attributeSelect.value}`;
     byId("explained-map-legend").replaceChildren(rampKey(VIRIDIS, ["0 %", percent(most / 2), percent(most)]));
     byId("explained-map").replaceChildren(
       modules.length ? box : make("p", { className: "empty", text: "Nothing matches the filters." }),

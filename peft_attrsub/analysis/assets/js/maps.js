@@ -146,7 +146,7 @@ function facetSummary(modules, attribute) {
   if (choice.quantity === "eigenvalue") return `median ${fixed(median(values))}`;
   if (choice.quantity === "pattern") {
     const counts = PATTERNS.map((p, i) => [values.filter((v) => v === i).length, p.name]).sort((a, b) => b[0] - a[0]);
-    return `${counts[0][1]} in ${percent(counts[0][0] / values.length)}`;
+    return `${counts[0][1] === "none" ? "no drop" : counts[0][1]} in ${percent(counts[0][0] / values.length)}`;
   }
   const { log, tick } = QUANTITIES[choice.quantity];
   return `median ${tick(log ? 10 ** median(values) : median(values))}`;

@@ -138,7 +138,7 @@ function drawAllLayers(module, attribute) {
 function plotOrSay(element, traces, layout, sentence) {
   if (traces.length) {
     if (!element.querySelector(".plot-container")) element.replaceChildren();
-    return plot(element, traces, layout, { zoom: true });
+    return plot(element, traces, layout, { zoomable: true });
   }
   Plotly.purge(element);
   element.replaceChildren(make("p", { className: "empty", text: sentence }));

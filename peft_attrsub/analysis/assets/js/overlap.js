@@ -193,7 +193,7 @@ function drawOverlap() {
     if (!["overlap-tables", "overlap-title"].includes(element.id)) element.hidden = !some;
   if (!some)
     return tables.replaceChildren(make("p", { className: "empty", text: "No pair of attributes to compare." }));
-  tables.className = shownAttributes().length > 4 ? "stack" : "pair even";
+  tables.className = shownAttributes().length > 4 ? "stack" : "tables";
   tables.replaceChildren(...Object.keys(SIDES).map((side) => overlapTable(side, modules)));
   byId("strip-legend").replaceChildren(
     ...STANDINGS.map((standing) =>

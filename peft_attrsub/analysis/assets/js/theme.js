@@ -29,6 +29,7 @@ const VIRIDIS = [
 ];
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const touch = matchMedia("(pointer: coarse)");
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const attributeColor = (name) => (dark.matches ? DARK : LIGHT)[attributeIndex.get(name) % LIGHT.length];
@@ -104,7 +105,9 @@ function axis(settings = {}) {
 }
 
 // Draw or redraw a chart in the width its element has; returns plotly's promise.
-function plot(element, traces, layout, { zoom = false } = {}) {
+function plot(element, traces, layout, { zoomable = false } = {}) {
+  // A finger on a chart scrolls the page.
+  const zoom = zoomable && !touch.matches;
   const { xaxis = {}, yaxis = {}, ...rest } = layout;
   const whole = {
     width: element.clientWidth,
@@ -121,6 +124,7 @@ function plot(element, traces, layout, { zoom = false } = {}) {
       namelength: -1,
     },
     hovermode: "closest",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("soft"), activecolor: css("accent") },
     ...rest,
     xaxis: axis({ fixedrange: !zoom, ...xaxis }),
     yaxis: axis({ fixedrange: !zoom, ...yaxis }),
