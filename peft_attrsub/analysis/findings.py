@@ -15,6 +15,13 @@ PATTERNS = {
     "below-rank": "one drop below the adapters' rank",
     "none": "no drop",
 }
+SHORT = {
+    "at-rank": "at the rank",
+    "beyond-rank": "beyond it",
+    "two-step": "two drops",
+    "below-rank": "below it",
+    "none": "no drop",
+}
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,15 @@ class Bar:
 
 @dataclass(frozen=True)
 class Finding:
-    """`scale`: positions in [0, 1] of the "value", the null band's "low" and "high", and "permuted" if known."""
+    """`keys`: what the parts of the bars mean, kind and text. `scale`: positions in [0, 1] of the "value", the null
+    band's "low" and "high", and "permuted" if known."""
 
     topic: str
     headline: str
     text: str
     bars: list[Bar] = field(default_factory=list)
     scale: dict[str, float] = field(default_factory=dict)
+    keys: list[tuple[str, str]] = field(default_factory=list)
 
 
 def findings(data: dict[str, Any]) -> list[Finding]:
@@ -87,16 +96,15 @@ def _spectra(data: dict[str, Any]) -> Finding:
                 (p, own[p] / own.total(), f"{PATTERNS[p]}: {own[p]} of {own.total()}") for p in PATTERNS if own[p]
             ]
             most, often = own.most_common(1)[0]
-            bars.append(
-                Bar(attribute, parts, f"{percent(often / own.total())} {'no drop' if most == 'none' else most}")
-            )
-    dropping = total - patterns["none"]
-    text = f"{percent(dropping / total)} of {total} spectra fall sharply somewhere: there a shared subspace ends."
+            bars.append(Bar(attribute, parts, f"{percent(often / own.total())} {SHORT[most]}"))
+    dropping = percent(1 - patterns["none"] / total)
     return Finding(
         "Spectra",
         f"{PATTERNS[first].capitalize()} in {percent(count / total)} of the spectra",
-        text if dropping else "No spectrum falls sharply anywhere: none shows where a shared subspace would end.",
+        f"A drop, a sharp fall of the singular values, marks where a shared subspace ends: {dropping} of {total} "
+        "spectra have one.",
         bars,
+        keys=[(pattern, SHORT[pattern]) for pattern in PATTERNS if patterns[pattern]],
     )
 
 
@@ -107,7 +115,10 @@ def _dimension(data: dict[str, Any]) -> Finding | None:
         return None
     span = f"{min(dims)}" if min(dims) == max(dims) else f"{min(dims)} to {max(dims)}"
     both = [(s["dim"], s["suggested_dim"]) for s in data["spectra"] if s["suggested_dim"] is not None]
-    text = "Medians: of the sum of squared singular values of C, and, captured, of the adapters' own squared norms."
+    text = (
+        "Energy: share of the sum of squared singular values of C; captured: share of the adapters' own squared norm; "
+        "medians over the modules."
+    )
     if both:
         counts = {
             "the one in use": sum(s == d for d, s in both),
@@ -215,13 +226,17 @@ def _explained(data: dict[str, Any]) -> Finding | None:
         return None
     best = max(rows, key=lambda row: row["joint"])
     bars = [
-        Bar(row["adapter"], [("energy", row["joint"], f"joint share {percent(row['joint'])}")], percent(row["joint"]))
+        Bar(
+            row["adapter"],
+            [("energy", row["joint"], f"joint share {percent(row['joint'])}")],
+            f"{percent(row['joint'])} (random {percent(row['expected'])})",
+        )
         for row in rows[:5]
     ]
     return Finding(
         "Explained adapters",
         f"The basis holds {percent(best['joint'])} of {best['adapter']}",
-        f"Share of its squared norm, all attributes together; a random update of the same size would have "
-        f"{percent(best['expected'])}.",
+        "Share of an adapter's squared norm, all attributes together, beside what a random update of the same size "
+        "would have.",
         bars,
     )

@@ -115,9 +115,11 @@ def _tile(finding: Finding) -> str:
         + "</span></li>"
         for bar in finding.bars
     )
+    keys = "".join(f'<span><i class="square part-{kind}"></i>{escape(text)}</span>' for kind, text in finding.keys)
     return (
         f'<article class="tile"><h3>{escape(finding.topic)}</h3><p class="headline">{escape(finding.headline)}</p>'
         + (f'<ul class="bars">{bars}</ul>' if bars else "")
+        + (f'<div class="keys">{keys}</div>' if keys else "")
         + _scale(finding.scale)
         + f"<p>{escape(finding.text)}</p></article>"
     )

@@ -262,6 +262,16 @@ def test_filters_reach_every_part_below(opened: Open, report: Path) -> None:
     expect(page.locator("#maps h3")).to_have_count(4)
 
 
+def test_the_depth_filter_keeps_its_ends_in_order_and_in_range(opened: Open, report: Path) -> None:
+    page = opened(report)
+    ends = page.locator("#depth-from"), page.locator("#depth-to")
+    for end, typed, wanted in [(0, "99", "5 5"), (1, "2", "2 2"), (0, "", "0 2"), (1, "", "0 5"), (1, "-3", "0 0")]:
+        ends[end].fill(typed)
+        page.keyboard.press("Tab")
+        assert " ".join(one.input_value() for one in ends) == wanted
+    expect(page.locator("#filter-count")).to_have_text("2 of 12 modules")
+
+
 def test_a_filter_that_leaves_nothing_says_so(opened: Open, report: Path) -> None:
     page = opened(report)
     page.get_by_role("group", name="Kinds").get_by_role("button").click()
@@ -411,24 +421,19 @@ def test_hostile_names_are_only_text(opened: Open, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes_of_shape",
     [
-        {"attributes": ("only",), "muted": ()},
-        {"depths": 2, "explained": 0},
-        {"depths": 0, "loose": ("0", "2"), "explained": 0},
-        {"loose": tuple(f"head.{i}" for i in "abcdefghijk")},
-        {"stored": ("texture", "geometry", "camera", "lighting"), "explained": 0},
-        {"empty": ("fc1",)},
-        {"empty": ("qkv", "fc1")},
-        {"rank": 1, "dim": 1, "adapters": 1, "muted": ()},
-    ],
-    ids=[
-        "one attribute",
-        "two layers",
-        "no depths",
-        "loose modules",
-        "not mined",
-        "no dim in a kind",
-        "no dim",
-        "rank 1",
+        pytest.param({"attributes": ("only",), "muted": ()}, id="one attribute"),
+        pytest.param({"depths": 0, "loose": ("0", "2"), "explained": 0}, id="no depths"),
+        pytest.param({"loose": tuple(f"head.{i}" for i in "abcdefghijk")}, id="loose modules"),
+        pytest.param({"stored": ("texture", "geometry", "camera", "lighting"), "explained": 0}, id="not mined"),
+        pytest.param({"empty": ("fc1",)}, id="no direction in a kind"),
+        pytest.param({"empty": ("qkv", "fc1")}, id="no direction at all", marks=pytest.mark.slow),
+        pytest.param({"depths": 2, "explained": 0}, id="two layers", marks=pytest.mark.slow),
+        pytest.param({"rank": 1, "dim": 1, "adapters": 1, "muted": ()}, id="rank 1", marks=pytest.mark.slow),
+        pytest.param(
+            {"depths": 40, "kinds": ("qkv", "proj", "fc1", "fc2", "gate", "up", "down")},
+            id="280 modules",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_shapes_of_analyses_draw_without_an_error(

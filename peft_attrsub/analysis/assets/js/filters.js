@@ -64,11 +64,14 @@ function drawAllOrNone() {
   byId("filter-kinds").append(button);
 }
 
+// An end that passes the other takes it along; one left empty is where the layers end.
 function depthChanged(end) {
-  const input = byId(end ? "depth-to" : "depth-from");
-  const value = Math.round(input.valueAsNumber);
-  if (!Number.isFinite(value)) return;
-  state.depths[end] = Math.min(depthSpan[1], Math.max(depthSpan[0], value));
+  const typed = Math.round(byId(end ? "depth-to" : "depth-from").valueAsNumber);
+  const value = Number.isFinite(typed) ? Math.min(depthSpan[1], Math.max(depthSpan[0], typed)) : depthSpan[end];
+  state.depths[end] = value;
+  state.depths[1 - end] = end ? Math.min(value, state.depths[0]) : Math.max(value, state.depths[1]);
+  byId("depth-from").value = state.depths[0];
+  byId("depth-to").value = state.depths[1];
   filtersChanged();
 }
 
