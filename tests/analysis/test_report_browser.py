@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,6 +258,12 @@ def test_filters_reach_every_part_below(opened: Open, report: Path) -> None:
     )
     median = (smallest[1] + smallest[2]) / 2
     expect(page.locator("#overlap-tables strong").first).to_have_text(f"{median:.2f}")
+    rows = [row for row in data["explained"][0]["modules"] if row["module"] in kept]
+    share = sum(row["norm"] * row["joint"] for row in rows) / sum(row["norm"] for row in rows)
+    assert points(page, "#explained-bars")[0]["x"][-1] == pytest.approx(share)
+    weights = [s["weights"][0] for s in data["spectra"] if s["module"] in kept and s["attribute"] == "texture"]
+    cells = page.locator("#adapters-table tbody tr").first.locator("td").all_inner_texts()
+    assert cells[1:4] == [f"{value:.2f}" for value in (statistics.median(weights), min(weights), max(weights))]
     page.click("#filter-reset")
     expect(page.locator("#filter-count")).to_have_text("12 of 12 modules")
     expect(page.locator("#maps h3")).to_have_count(4)
