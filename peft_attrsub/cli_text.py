@@ -61,9 +61,10 @@ def _attribute(basis: Basis, name: str) -> dict[str, Any]:
         return record
     rows = [one for one in adapter_table(basis) if one.attribute == name]
     kept = [one for one in rows if not one.muted] or rows
+    energies = [float(one.energies.mean()) for one in kept if one.energies is not None]
     record |= {
         "adapters": len(rows),
-        "captured_energy": fmean(float(one.energies.mean()) for one in kept),
+        "captured_energy": fmean(energies) if energies else None,
         "iterations_median": median(config.iterations.values()) if config.iterations else None,
         "muted": [{"adapter": one.adapter, "share_of_modules": one.muted_share} for one in rows if one.muted],
     }
@@ -74,7 +75,7 @@ def _table(record: dict[str, Any]) -> list[str]:
     rows = [("attribute", "adapters", "modules", "dim", "captured energy", "muted as outliers")]
     for a in record["attributes"]:
         dims = f"{a['dim_min']}" if a["dim_min"] == a["dim_max"] else f"{a['dim_min']}-{a['dim_max']}"
-        energy = f"{100 * a['captured_energy']:.1f} %" if "captured_energy" in a else "-"
+        energy = f"{100 * a['captured_energy']:.1f} %" if a.get("captured_energy") is not None else "-"
         muted = ", ".join(m["adapter"] for m in a.get("muted", [])) or "-"
         rows.append((a["name"], str(a.get("adapters", a["kind"])), str(a["modules"]), dims, energy, muted))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

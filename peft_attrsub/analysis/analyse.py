@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..basis import Basis
+from ..basis import Basis, BasisError
 from ..basis.naming import natural_key
 from .explain import CAPTURED_RULE, Captured, captured_energy
 from .export import rows, write_csv, write_json
@@ -53,7 +53,10 @@ class Analysis:
         self._record = record
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys: format, basis, settings, rules, modules, spectra, nulls, overlaps, pairs, adapters, explained."""
+        """Keys: format, basis, settings, rules, modules, spectra, nulls, overlaps, pairs, adapters, explained.
+
+        The record itself, not a copy: do not change it.
+        """
         return self._record
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -71,7 +74,7 @@ class Analysis:
 
 def analyse(
     basis: Basis | str | os.PathLike[str],
-    adapters: Iterable[str | os.PathLike[str]] = (),
+    adapters: Iterable[str | os.PathLike[str]] | str | os.PathLike[str] = (),
     draws: int = 200,
     mismatches: int = 5,
     seed: int = 0,
@@ -84,7 +87,10 @@ def analyse(
         draws: of random subspaces for the null of every size. mismatches: layers that each module is compared
             with for the permutation null. seed: of both.
     """
+    if draws < 1 or mismatches < 0:
+        raise BasisError(f"draws={draws!r}, mismatches={mismatches!r}: expected at least 1 and at least 0.")
     opened = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
+    sources = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     places = place(opened.modules)
     table = adapter_table(opened)
     found, nulls = overlaps(opened, places, draws, mismatches, seed)
@@ -99,7 +105,7 @@ def analyse(
         "overlaps": found,
         "pairs": pair_table(found, nulls),
         "adapters": [_adapter(one) for one in table],
-        "explained": [_explained(captured_energy(adapter, opened)) for adapter in adapters],
+        "explained": [_explained(captured_energy(adapter, opened)) for adapter in sources],
     }
     return Analysis(_rounded(record))
 
@@ -138,14 +144,23 @@ def _spectrum(basis: Basis, module: str, attribute: str, table: Sequence[Adapter
         "captured_energy": None,
         **{part: [] for part in ("drops", "weights", "residuals", "energies")},
     }
-    if not mined or not values.any():
+    if not mined:
         return record
-    rank = adapter_rank(basis, module, attribute)
+    energies = _record(basis, module, attribute, "energy")
+    kept = torch.tensor([not one.muted for one in table if one.attribute == attribute])
+    if energies is not None:
+        record["energies"] = energies
+        record["captured_energy"] = energies[kept].mean() if kept.any() else energies.mean()
+    record["weights"] = basis.weights(module, attribute)
+    residuals = _record(basis, module, attribute, "residuals")
+    record["residuals"] = [] if residuals is None else residuals
+    ranks = _record(basis, module, attribute, "ranks")
+    if ranks is None or not values.any():
+        return record
+    rank = int(median(ranks.tolist()))
     drops = find_drops(values, rank)
     suggested = suggest_dim(values, drops)
     shares = energy_shares(values)
-    energies = basis.record(module, attribute, "energy")
-    kept = [not one.muted for one in table if one.attribute == attribute]
     return record | {
         "rank": rank,
         "drops": [asdict(drop) for drop in drops],
@@ -154,20 +169,11 @@ def _spectrum(basis: Basis, module: str, attribute: str, table: Sequence[Adapter
         "suggested_dim": suggested,
         "energy_at_dim": shares[dim - 1] if dim else 0.0,
         "energy_at_suggested": shares[suggested - 1],
-        "captured_energy": energies[torch.tensor(kept)].mean() if any(kept) else energies.mean(),
-        "weights": basis.record(module, attribute, "weights"),
-        "residuals": basis.record(module, attribute, "residuals"),
-        "energies": energies,
     }
 
 
-def adapter_rank(basis: Basis, module: str, attribute: str) -> int:
-    """Median rank of the source adapters in a module; a basis from before ranks were kept tells their mean."""
-    ranks = basis.ranks(module, attribute)
-    if ranks is not None:
-        return int(median(ranks.tolist()))
-    values = basis.spectrum(module, attribute)[0]
-    return max(1, round(values.numel() / basis.weights(module, attribute).numel()))
+def _record(basis: Basis, module: str, attribute: str, part: str) -> Tensor | None:
+    return basis.record(module, attribute, part) if basis.has_record(module, attribute, part) else None
 
 
 def _adapter(one: AdapterRecord) -> dict[str, Any]:
@@ -175,14 +181,19 @@ def _adapter(one: AdapterRecord) -> dict[str, Any]:
         "attribute": one.attribute,
         "adapter": one.adapter,
         "revision": one.revision,
-        "weight_median": one.weights.median(),
+        "weight_median": _middle(one.weights),
         "weight_min": one.weights.min(),
         "weight_max": one.weights.max(),
-        "residual_median": one.residuals.median(),
-        "energy_median": one.energies.median(),
+        "residual_median": _middle(one.residuals),
+        "energy_median": _middle(one.energies),
         "muted_share": one.muted_share,
         "muted": one.muted,
     }
+
+
+def _middle(values: Tensor | None) -> Tensor | None:
+    # Not Tensor.median: that is the lower of the two middle values.
+    return None if values is None else values.quantile(0.5)
 
 
 def _explained(captured: Captured) -> dict[str, Any]:

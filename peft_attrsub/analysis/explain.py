@@ -11,11 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from ..basis import Basis, BasisError, LoraAdapter
 from ..basis.basis import Dim
+from ..basis.joint import DROP_BELOW
+from ..basis.naming import natural_key
 from ..basis.sources import check_fits
 
 CAPTURED_RULE = (
@@ -47,8 +51,9 @@ class CapturedModule:
 class Captured:
     """How much of an adapter lies inside a basis.
 
-    joint, attributes: over the adapter's whole ||dW||^2, modules that the basis lacks (`missing`) included.
-    modules: one by one, those whose update is not zero.
+    joint, attributes: over the adapter's whole ||dW||^2, modules that the basis lacks included. modules: one by
+    one, those whose update is not zero. missing: modules that the basis lacks, or whose LoRA is no single matrix
+    (grouped convolutions; these are in no share).
     """
 
     adapter: str
@@ -77,8 +82,7 @@ def captured_energy(
     part = whole.select(attributes, dim)
     lora = LoraAdapter(adapter)
     check_fits(lora, part, "skip")
-    parts = {"": part, **{a: part.select([a]) for a in part.attributes}}
-    found, missing, lost = [], [], 0.0
+    found, missing, lost = [], list(lora.unusable), 0.0
     with lora:
         for module in lora.modules:
             left, right = (x.double() for x in lora.read(module))  # [n, r], [m, r]
@@ -87,28 +91,54 @@ def captured_energy(
                 missing.append(module)
                 lost += norm
             elif norm > 0:
-                shares = {name: _share(view, module, left, right, norm) for name, view in parts.items()}
-                found.append(CapturedModule(module, norm, shares.pop(""), shares))
+                found.append(_in_module(part, module, left, right, norm))
     if not found:
         raise BasisError(f"every update of {lora.source!r} in the basis' modules is zero: it was never trained.")
     total = lost + sum(one.norm for one in found)
-    whole_shares = {
-        name: Share(
-            sum(one.norm * _of(one, name).share for one in found) / total,
-            sum(one.norm * _of(one, name).expected for one in found) / total,
-        )
-        for name in parts
-    }
-    return Captured(lora.public_name, whole_shares.pop(""), whole_shares, found, missing)
+    joint = _mean([(one.norm, one.joint) for one in found], total)
+    by_name = {a: _mean([(one.norm, one.attributes[a]) for one in found], total) for a in part.attributes}
+    return Captured(lora.public_name, joint, by_name, found, sorted(missing, key=natural_key))
 
 
-def _of(one: CapturedModule, name: str) -> Share:
-    return one.attributes[name] if name else one.joint
+def _mean(shares: Sequence[tuple[float, Share]], total: float) -> Share:
+    """Over modules, weighted by ||dW||^2; `total` counts what no module holds too."""
+    return Share(
+        sum(norm * one.share for norm, one in shares) / total,
+        sum(norm * one.expected for norm, one in shares) / total,
+    )
 
 
-def _share(basis: Basis, module: str, left: Tensor, right: Tensor, norm: float) -> Share:
-    a, b, _ = basis.joint(module)
-    core: Tensor = (a.double().T @ left) @ (right.T @ b.double())
+def _in_module(basis: Basis, module: str, left: Tensor, right: Tensor, norm: float) -> CapturedModule:
+    """Shares of dW = left right^T (n x r, m x r) in one module."""
+    factors = {a: basis.factors(module, a) for a in basis.attributes}
+    sizes = [s.shape[0] for _, s, _ in factors.values()]
+    ends = list(accumulate(sizes))
+    blocks = {a: slice(end - size, end) for a, size, end in zip(factors, sizes, ends, strict=True)}
+    outer = _Side(torch.cat([u for u, _, _ in factors.values()], 1).double(), left)
+    inner = _Side(torch.cat([v for _, _, v in factors.values()], 1).double(), right)
     layout = basis.layout(module)
-    inside = float(core.square().sum()) if core.numel() else 0.0
-    return Share(min(1.0, inside / norm), a.shape[1] * b.shape[1] / (layout.n * layout.m))
+
+    def share(columns: slice) -> Share:
+        a, b = outer.inside(columns), inner.inside(columns)  # [d_out, r], [d_in, r]
+        kept = float(((a.T @ a) * (b.T @ b)).sum())
+        return Share(min(1.0, kept / norm), a.shape[0] * b.shape[0] / (layout.n * layout.m))
+
+    shares = {a: share(columns) for a, columns in blocks.items()}
+    return CapturedModule(module, norm, share(slice(0, sum(sizes))), shares)
+
+
+class _Side:
+    """One side of a module: the columns (n x D) of all attributes beside an update's factor (n x r).
+
+    An orthonormal basis of some columns C is C E, E from the eigenvectors of C^T C: it need not be formed.
+    """
+
+    def __init__(self, columns: Tensor, factor: Tensor) -> None:
+        self.gram = columns.T @ columns
+        self.product = columns.T @ factor
+
+    def inside(self, columns: slice) -> Tensor:
+        """Coordinates (rank x r) of the factor in an orthonormal basis of these columns."""
+        values, vectors = torch.linalg.eigh(self.gram[columns, columns])
+        kept = values > DROP_BELOW**2
+        return (vectors[:, kept] / values[kept].sqrt()).T @ self.product[columns]

@@ -44,6 +44,9 @@ def write_csv(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 def rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every number of the record on its own, with what it belongs to; index counts from 1."""
     places = {m["name"]: {k: m[k] for k in ("depth", "stack", "kind")} for m in record["modules"]}
+    for module in record["modules"]:
+        where = {"module": module["name"], **places[module["name"]]}
+        yield from ({"quantity": side, **where, "value": module[side]} for side in ("n", "m"))
     sources: dict[str, list[str]] = {}
     for one in record["adapters"]:
         sources.setdefault(one["attribute"], []).append(one["adapter"])
@@ -64,9 +67,23 @@ def rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {"quantity": f"eigenvalue_permuted_{part}", **pair, "index": 1, "value": one["permuted"][part]}
     for one in record["adapters"]:
         who = {"attribute": one["attribute"], "adapter": one["adapter"]}
-        yield {"quantity": "muted_share", **who, "value": one["muted_share"]}
+        yield from _numbers("adapter", who, one)
+    for one in record["pairs"]:
+        pair = {k: one[k] for k in ("attribute", "other", "side")}
+        yield from _numbers("pair", pair, one)
     for one in record["explained"]:
         yield from _explained(one, places)
+        yield from (
+            {"quantity": "explained_missing", "module": name, "adapter": one["adapter"], "value": 1}
+            for name in one["modules_missing"]
+        )
+
+
+def _numbers(prefix: str, where: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every number of a record under its name; texts and names of it are in `where`."""
+    for key, value in record.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield {"quantity": f"{prefix}_{key}", **where, "value": value}
 
 
 def _indexed(quantity: str, where: Mapping[str, Any], values: list[float]) -> Iterator[dict[str, Any]]:
@@ -78,6 +95,8 @@ def _explained(one: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) 
     for part in [one, *one["modules"]]:
         where = {"module": part["module"], **places[part["module"]]} if "module" in part else {}
         where = {**where, "adapter": one["adapter"]}
+        if "norm" in part:
+            yield {"quantity": "explained_norm", **where, "value": part["norm"]}
         yield {"quantity": "explained", **where, "value": part["joint"]}
         yield {"quantity": "explained_expected", **where, "value": part["expected"]}
         for name, share in part["attributes"].items():

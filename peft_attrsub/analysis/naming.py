@@ -50,7 +50,7 @@ def place(modules: Sequence[str]) -> dict[str, Place]:
 def _split(name: str) -> tuple[int | None, str, str]:
     """(depth, stack, tail) of one name."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if at is None:
         return None, ".".join(parts[:-1]), parts[-1]
     tail = ".".join(parts[at + 1 :]) or (parts[at - 1] if at else "module")
@@ -63,7 +63,7 @@ def _shortest_ending(name: str, among: Collection[str]) -> str:
     for start in range(len(parts) - 1, 0, -1):
         ending = ".".join(parts[start:])
         others = (o for o in among if o != name)
-        if not parts[start].isdigit() and not any(o == ending or o.endswith(f".{ending}") for o in others):
+        if not parts[start].isdecimal() and not any(o == ending or o.endswith(f".{ending}") for o in others):
             return ending
     return name
 

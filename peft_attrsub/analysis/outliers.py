@@ -25,15 +25,16 @@ class AdapterRecord:
     """One source adapter of one attribute.
 
     weights, residuals, energies (modules): its final IRLS weight, ||L - dW_i|| / ||dW_i||, and the share of
-    ||dW_i||^2 inside the subspace, per module. muted_share: share of modules in which it is muted.
+    ||dW_i||^2 inside the subspace, per module; the latter two are None for a basis cut to fewer directions than were
+    mined. muted_share: share of modules in which it is muted.
     """
 
     attribute: str
     adapter: str
     revision: str | None
     weights: Tensor
-    residuals: Tensor
-    energies: Tensor
+    residuals: Tensor | None
+    energies: Tensor | None
     muted_share: float
 
     @property
@@ -47,12 +48,18 @@ def adapter_table(basis: Basis) -> list[AdapterRecord]:
     for record in basis.config.attributes:
         if not record.sources:
             continue
-        weights, residuals, energies = (
-            torch.stack([basis.record(m, record.name, part) for m in basis.modules])  # [modules, k]
-            for part in ("weights", "residuals", "energy")
-        )
-        muted = (weights < MUTED_WEIGHT * weights.median(1, keepdim=True).values).float().mean(0)
+        weights, residuals, energies = (_stacked(basis, record.name, p) for p in ("weights", "residuals", "energy"))
+        assert weights is not None
+        muted = (weights < MUTED_WEIGHT * weights.quantile(0.5, 1, keepdim=True)).float().mean(0)
         for i, source in enumerate(record.sources):
-            columns = weights[:, i], residuals[:, i], energies[:, i]
-            found.append(AdapterRecord(record.name, source.id, source.revision, *columns, float(muted[i])))
+            residual, energy = (None if part is None else part[:, i] for part in (residuals, energies))
+            about = record.name, source.id, source.revision, weights[:, i], residual, energy, float(muted[i])
+            found.append(AdapterRecord(*about))
     return found
+
+
+def _stacked(basis: Basis, attribute: str, part: str) -> Tensor | None:
+    """A record of all modules (modules, k); None where one of them lacks it."""
+    if not all(basis.has_record(module, attribute, part) for module in basis.modules):
+        return None
+    return torch.stack([basis.record(module, attribute, part) for module in basis.modules])

@@ -7,7 +7,7 @@ With S (n x d) and S' (n x d'), the generalised eigenproblem (method.md section 
 has the eigenvalues 1 - cos(theta_i) and 1 + cos(theta_i) for the principal angles theta_i between the column
 spaces, and 1 for every direction that the larger space has more. cos(theta_i) are the singular values of Q^T Q',
 Q and Q' orthonormal bases of the spaces. The smallest eigenvalue is 0 where a direction is shared, 1 where the
-spaces are orthogonal.
+spaces are orthogonal: it is the least |S x - S' x'|^2 / (|S x|^2 + |S' x'|^2).
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ PERMUTATION_RULE = (
     "Permutation null: the smallest eigenvalue of the same two attributes taken from different layers of the same "
     "kind (mean and 95 % band over seeded mismatches): overlap that it shows too is not due to the layer."
 )
-# Columns whose Gram matrix is this near to the identity count as orthonormal.
-_ORTHONORMAL = 1e-4
 _RANK_TOLERANCE = 1e-5
 
 
@@ -45,10 +43,13 @@ class Null:
     high: Tensor
 
 
-def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal basis (n x r) of the column space of `columns` (n x d), r its rank."""
+def orthonormal(columns: Tensor, tolerance: float = 1e-12) -> Tensor:
+    """Orthonormal basis (n x r) of the column space of `columns` (n x d), r its rank.
+
+    Columns whose Gram matrix is within `tolerance` of the identity are returned as they are.
+    """
     gram = columns.T @ columns
-    if float((gram - torch.eye(gram.shape[0])).abs().max()) < _ORTHONORMAL:
+    if float((gram - torch.eye(gram.shape[0], dtype=gram.dtype)).abs().max()) < tolerance:
         return columns
     u, s, _ = torch.linalg.svd(columns.double(), full_matrices=False)
     return u[:, s > _RANK_TOLERANCE * s[0]].to(columns.dtype)
@@ -79,7 +80,6 @@ def eigenvalues(columns: Tensor, other: Tensor) -> Tensor:
     return torch.cat([1 - cos, ones, 1 + cos.flip(0)])
 
 
-@lru_cache(maxsize=256)
 def random_null(n: int, d: int, d_other: int, draws: int = 200, seed: int = 0) -> Null:
     """The eigenvalues 1 - cos(theta_i) of two uniformly random subspaces of dimensions d and d_other in R^n.
 
@@ -90,7 +90,12 @@ def random_null(n: int, d: int, d_other: int, draws: int = 200, seed: int = 0) -
         raise BasisError(
             f"no subspaces of dimensions {d} and {d_other} exist in R^{n}, or draws={draws!r} is under 1."
         )
-    large, small = max(d, d_other), min(d, d_other)
+    mean, low, high = _drawn(n, max(d, d_other), min(d, d_other), draws, seed)
+    return Null(mean.clone(), low.clone(), high.clone())
+
+
+@lru_cache(maxsize=256)
+def _drawn(n: int, large: int, small: int, draws: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     # numpy's RandomState is frozen (NEP 19); the name makes sizes independent of the order they are asked in.
     state = np.random.RandomState([seed % 2**32, zlib.crc32(f"{n} {large} {small}".encode())])
     shared = max(0, large + small - n)
@@ -100,7 +105,7 @@ def random_null(n: int, d: int, d_other: int, draws: int = 200, seed: int = 0) -
         cos = _drawn_by_wishart(state, n, large, small, draws)
     values = 1 - np.sort(np.clip(cos, 0, 1), axis=1)[:, ::-1]
     low, high = np.quantile(values, [0.025, 0.975], axis=0)
-    return Null(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (values.mean(0), low, high)))
+    return torch.from_numpy(values.mean(0)), torch.from_numpy(low), torch.from_numpy(high)
 
 
 def _drawn_by_wishart(state: np.random.RandomState, n: int, large: int, small: int, draws: int) -> np.ndarray:

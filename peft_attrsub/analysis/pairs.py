@@ -19,6 +19,8 @@ from .naming import Place
 from .overlap import cosines, orthonormal, random_null
 
 SIDES = ("output", "input")
+# A float32 basis is orthonormal to this; a bfloat16 one is not, and is made so.
+_NEARLY = 1e-4
 # (module, attribute, side) -> orthonormal columns
 Spaces = dict[tuple[str, str, str], Tensor]
 
@@ -56,7 +58,7 @@ def _of_kind(basis: Basis, names: Sequence[str], mismatches: int, seed: int) -> 
             u, _, v = basis.factors(name, attribute)
             if u.shape[1]:
                 for side, columns in zip(SIDES, (u, v), strict=True):
-                    spaces[name, attribute, side] = orthonormal(columns.float())
+                    spaces[name, attribute, side] = orthonormal(columns.float(), _NEARLY)
     for attribute, other in combinations(basis.attributes, 2):
         for side in SIDES:
             here = [name for name in names if {(name, a, side) for a in (attribute, other)} <= spaces.keys()]

@@ -22,8 +22,9 @@ _ENERGY_SHARE = 0.9
 DROP_RULE = (
     "A drop is a fall of the singular values by a factor of 3 or more over h = ceil(rank / 8) consecutive values "
     "that is at least four times (in logarithms) the typical, median fall over h values of the same spectrum. Falls "
-    "that touch count as one; it is placed at its steepest step, and must have 2 h values or more below it (the last "
-    "values of any square matrix fall off). Values under 1e-6 of the largest count as 1e-6."
+    "that touch count as one; it is placed at its steepest step, and must have 2 h values (at least 4) below it (the "
+    "last values of any square matrix fall off). Values under 1e-6 of the largest count as 1e-6, and falls that reach "
+    "there do not count as typical."
 )
 PATTERN_RULE = (
     "At-rank: one drop, within h of the adapters' rank. Beyond-rank: one drop, further on. Two-step: two drops or "
@@ -54,19 +55,22 @@ def find_drops(values: Tensor, rank: int) -> list[Drop]:
     """Sharp drops of a spectrum `values` (R, falling) of adapters of rank `rank`, in order of their index.
 
     With h = ceil(rank / 8) and G_j = ln s_j - ln s_(j+h), there is a drop where G_j >= max(ln 3, 4 median G) and
-    at least 2 h values stand below it.
+    at least max(2 h, 4) values stand below it.
     """
     logs, h = _logs(values), window(rank)
     if logs.shape[0] <= h:
         return []
     falls = logs[:-h] - logs[h:]
-    least = max(log(_LEAST_FACTOR), _TIMES_TYPICAL * float(falls.median()))
+    # On the floor nothing falls, and what falls onto it is no typical step of the spectrum.
+    inside = falls[values[h:].double() > _FLOOR * float(values[0])]
+    typical = float(inside.quantile(0.5)) if inside.numel() else 0.0
+    least = max(log(_LEAST_FACTOR), _TIMES_TYPICAL * typical)
     steps = logs[:-1] - logs[1:]
     drops = []
     for start, stop in _runs((falls >= least).tolist()):
         # The falls G_start .. G_(stop-1) reach from value `start` to value `stop - 1 + h`.
         at = start + int(steps[start : stop - 1 + h].argmax())
-        if at + 1 <= logs.shape[0] - 2 * h:
+        if at + 1 <= logs.shape[0] - max(2 * h, 4):
             drops.append(Drop(at + 1, exp(float(logs[start] - logs[stop - 1 + h]))))
     return drops
 

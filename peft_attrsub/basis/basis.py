@@ -25,6 +25,7 @@ from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
 from .saving import write_basis
 from .storage import (
+    AT_DIM,
     CHUNK,
     FACTORS,
     RECORDS,
@@ -107,19 +108,31 @@ class Basis:
         return self.record(module, attribute, "weights")
 
     def record(self, module: str, attribute: str, part: str) -> Tensor:
-        """first, last (spectra), weights, residuals (||L - dW_i|| / ||dW_i||), energy (share of ||dW_i||^2), ranks."""
+        """first, last (spectra), weights, residuals (||L - dW_i|| / ||dW_i||), energy (share of ||dW_i||^2), ranks.
+
+        Raises BasisError where the basis does not have it (see `has_record`).
+        """
         if part not in RECORDS:
             raise BasisError(f"{part!r} is no record of a basis: use one of {', '.join(RECORDS)}.")
         block = self._block(module, attribute)
-        name = f"{block.name}.{part}"
-        if name not in block.store:
-            raise BasisError(f"attribute {attribute!r} was not mined from adapters, so it has no {part}.")
-        return block.store.get(name)
+        if not self.has_record(module, attribute, part):
+            why = (
+                "was not mined from adapters"
+                if f"{block.name}.weights" not in block.store
+                else "was cut to fewer directions"
+            )
+            raise BasisError(f"attribute {attribute!r} {why}, so it has no {part} in module {module!r}.")
+        return block.store.get(f"{block.name}.{part}")
 
     def ranks(self, module: str, attribute: str) -> Tensor | None:
         """Rank of each source adapter (k) in a module; None in a basis that did not keep them."""
+        return self.record(module, attribute, "ranks") if self.has_record(module, attribute, "ranks") else None
+
+    def has_record(self, module: str, attribute: str, part: str) -> bool:
+        """Whether `record` has it: residuals and energy were measured at the mined dim and hold for no other."""
         block = self._block(module, attribute)
-        return block.store.get(f"{block.name}.ranks") if f"{block.name}.ranks" in block.store else None
+        whole = part not in AT_DIM or block.dim == block.stored
+        return whole and f"{block.name}.{part}" in block.store
 
     def joint(
         self,

@@ -137,7 +137,8 @@ def _reweight(problem: _Core | _Operator, dim: Dimension, settings: IrlsSettings
         first=first,
         last=last,
         weights=final / final.mean(),
-        residuals=residuals / norms.clamp_min(torch.finfo(norms.dtype).tiny),
+        # Of an update that is zero, nothing is explained.
+        residuals=torch.where(norms > 0, residuals / norms, torch.ones_like(norms)),
         energy=torch.where(norms > 0, energy, torch.zeros_like(energy)).clamp(0, 1),
         objective=objective,
     )

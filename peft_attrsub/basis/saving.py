@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import CONFIG_NAME, BasisConfig
 from .storage import (
+    AT_DIM,
     FACTORS,
     INDEX_NAME,
     RECORDS_NAME,
@@ -44,6 +45,8 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
             hashes[module] = chunk_hashes(*factors.values())
             block = basis._block(module, attribute.name)
             kept = read_records(block.store, block.name)
+            if block.dim != block.stored:
+                kept = {part: value for part, value in kept.items() if part not in AT_DIM}
             if kept:
                 record_hashes[module] = tensor_hash(kept)
             name = f"{attribute.name}.{module}"

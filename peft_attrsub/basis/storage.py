@@ -29,6 +29,8 @@ from .errors import BasisError
 
 FACTORS = ("Ut", "S", "Vt")
 RECORDS = ("first", "last", "weights", "residuals", "energy", "ranks")
+# Records that hold for the mined dim only.
+AT_DIM = ("residuals", "energy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Directions per sha256.
 CHUNK = 16

@@ -65,8 +65,8 @@ def drops_slowly(values, rank):
     """(index, factor) of every drop, from the rule as the report states it; loops only.
 
     A fall by 3 or more over h = ceil(rank / 8) values, at least four times the median fall in logarithms; falls
-    that touch are one; at its steepest step; 2 h values or more below it; values count as 1e-6 of the largest
-    at least.
+    that touch are one; at its steepest step; 2 h values (at least 4) below it; values count as 1e-6 of the largest
+    at least, and falls that reach that are not typical.
     """
     values = [float(v) for v in values]
     if not values or values[0] <= 0:
@@ -76,7 +76,8 @@ def drops_slowly(values, rank):
     falls = [logs[j] - logs[j + h] for j in range(len(logs) - h)]
     if not falls:
         return []
-    least = max(math.log(3), 4 * statistics.median(falls))
+    typical = [fall for fall, end in zip(falls, values[h:], strict=True) if end > 1e-6 * values[0]]
+    least = max(math.log(3), 4 * (statistics.median(typical) if typical else 0))
     drops, j = [], 0
     while j < len(falls):
         if falls[j] < least:
@@ -89,7 +90,7 @@ def drops_slowly(values, rank):
         steps = {i: logs[i] - logs[i + 1] for i in range(first, last)}
         steepest = max(steps, key=lambda i: (steps[i], -i))
         above = steepest + 1
-        if len(values) - above >= 2 * h:
+        if len(values) - above >= max(2 * h, 4):
             drops.append((above, math.exp(logs[first] - logs[last])))
     return drops
 
@@ -104,7 +105,8 @@ def near_a_threshold(values, rank, margin=1e-9):
     falls = [logs[j] - logs[j + h] for j in range(len(logs) - h)]
     if not falls:
         return False
-    least = max(math.log(3), 4 * statistics.median(falls))
+    typical = [fall for fall, end in zip(falls, values[h:], strict=True) if end > 1e-6 * values[0]]
+    least = max(math.log(3), 4 * (statistics.median(typical) if typical else 0))
     steps = sorted(logs[j] - logs[j + 1] for j in range(len(logs) - 1))
     tied = any(0 < b - a < margin for a, b in itertools.pairwise(steps))
     return tied or any(abs(fall - least) < margin for fall in falls)

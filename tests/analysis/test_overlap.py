@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from peft_attrsub import Basis, BasisError
 from peft_attrsub.analysis import analyse, eigenvalues, random_null
+from peft_attrsub.analysis.overlap import _drawn
 
 from .helpers import layered_basis, spanning
 
@@ -177,7 +178,7 @@ def test_random_null_of_a_large_space_is_near_one():
 def test_random_null_depends_on_sizes_and_seed_only():
     """Other calls before it, and the order of d and d', change nothing; another seed does."""
     first = random_null(30, 4, 6, draws=50, seed=7)
-    random_null.cache_clear()
+    _drawn.cache_clear()
     np.random.seed(99)
     torch.manual_seed(99)
     random_null(31, 4, 6, draws=50, seed=7)

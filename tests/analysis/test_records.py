@@ -126,7 +126,14 @@ def test_a_basis_saved_the_old_way_loads_and_analyses(basis, saved, ranks):
     assert (old.ranks(FC, "texture") is None) is not ranks
     for part in PARTS[:-1]:
         assert torch.equal(old.record(FC, "texture", part), basis.record(FC, "texture", part))
-    assert analyse(old, draws=5).to_dict() == new, "three adapters of rank 3: the rank is the mean of the spectrum"
+    found = analyse(old, draws=5).to_dict()
+    if ranks:
+        assert found == new
+    else:
+        assert {(one["rank"], one["pattern"], one["suggested_dim"]) for one in found["spectra"]} == {
+            (None, None, None)
+        }
+        assert found["overlaps"] == new["overlaps"] and found["adapters"] == new["adapters"]
 
 
 def test_saving_an_old_one_again_makes_it_a_new_one(basis, saved, tmp_path):
