@@ -25,9 +25,10 @@ lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.stamp-dev  ## speed and memory of mining and tuning; tables, and JSON in benchmarks/results
+bench: .venv/.stamp-dev  ## speed and memory of mining, tuning and reports; tables, and JSON in benchmarks/results
 	$(BIN)/python benchmarks/build_basis.py
 	$(BIN)/python benchmarks/tuner.py
+	$(BIN)/python benchmarks/report.py
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basis import BasisError
+from ..basis.files import check_file, write_file
 from .findings import Finding, counted, findings
 from .outliers import MUTED_MODULES, MUTED_WEIGHT
 
@@ -54,14 +54,9 @@ def write_report(analysis: Any, path: str | os.PathLike[str], title: str | None 
     """
     data = analysis.to_dict() if hasattr(analysis, "to_dict") else analysis
     if not isinstance(data, Mapping) or "spectra" not in data:
-        raise BasisError(f"A report is made of an Analysis or its to_dict(), not of {type(analysis).__name__}.")
-    target = Path(path)
-    if target.is_dir():
-        raise BasisError(f"{str(target)!r} is a folder: give the name of an HTML file to write.")
-    if not target.parent.is_dir():
-        raise BasisError(f"The folder {str(target.parent)!r} does not exist: make it first, or give another path.")
-    _write(target, render(dict(data), title))
-    return target
+        raise BasisError(f"a report is made of an Analysis or its to_dict(), not of {type(analysis).__name__}.")
+    check_file(path)
+    return write_file(path, render(dict(data), title))
 
 
 def render(data: dict[str, Any], title: str | None = None) -> str:
@@ -165,7 +160,7 @@ def _plotly() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise BasisError(
-            'A report needs plotly, which is not installed: pip install "peft-attrsub[report]".'
+            'a report needs plotly, which is not installed: pip install "peft-attrsub[report]".'
         ) from error
     # The script ends at its own tag, whatever a version of plotly holds in its strings.
     return re.sub("</(?=script)", r"<\\/", get_plotlyjs(), flags=re.IGNORECASE)
@@ -173,23 +168,3 @@ def _plotly() -> str:
 
 def _asset(name: str) -> str:
     return (files(__package__) / "assets" / name).read_text(encoding="utf-8")
-
-
-def _write(target: Path, text: str) -> None:
-    """Beside the target first, then under its name: a reader sees the old file or the whole new one."""
-    try:
-        handle, beside = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-    except OSError as error:
-        raise BasisError(f"{str(target)!r} cannot be written: {error.strerror}. Give another path.") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)
-        os.replace(beside, target)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

@@ -53,7 +53,10 @@ def write_file(target: str | os.PathLike[str], text: str) -> Path:
         raise BasisError(
             f"the folder {str(final.parent)!r} does not exist: make it, or write {final.name!r} elsewhere."
         )
-    handle, beside = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+    try:
+        handle, beside = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+    except OSError as error:
+        raise BasisError(f"{str(final)!r} cannot be written: {error.strerror}; give another path.") from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             file.write(text)

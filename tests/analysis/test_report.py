@@ -211,12 +211,12 @@ def test_a_write_that_fails_leaves_the_old_report(tmp_path: Path, monkeypatch: p
 
 
 def test_a_folder_is_no_target(tmp_path: Path) -> None:
-    with pytest.raises(BasisError, match="is a folder: give the name of an HTML file"):
+    with pytest.raises(BasisError, match="is a folder: give the name of a file to write"):
         write_report(synthetic(**TOY), tmp_path)
 
 
 def test_the_folder_of_the_target_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(BasisError, match=r"'.*missing' does not exist: make it first"):
+    with pytest.raises(BasisError, match=r"'.*missing' does not exist: make it"):
         write_report(synthetic(**TOY), tmp_path / "missing" / "r.html")
     assert list(tmp_path.iterdir()) == []
 
