@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis, BasisError, LoraAdapter
-from ..basis.basis import Dim
 from ..basis.joint import DROP_BELOW
 from ..basis.naming import natural_key
 from ..basis.sources import check_fits
+from ..basis.views import Dim
 
 CAPTURED_RULE = (
     "Captured energy is the share of the squared Frobenius norm of an update that lies inside the subspace. An update "

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .blocks import Block, check_factors, corrupted, index_blocks, kept_hashes
-from .card import full_card, model_card
+from .blocks import (
+    Block,
+    check_factors,
+    corrupted,
+    index_blocks,
+    valid_records,
+)
+from .card import model_card
 from .config import CONFIG_NAME, AttributeRecord, BasisConfig, read_config
 from .errors import BasisError
 from .files import atomic_folder
-from .hub import HubOptions, fetch, open_repo, push_folder, split_revision
+from .hub import HubOptions, fetch, open_repo, split_revision
 from .joint import check_columns, orthonormalise, spectral_weights
 from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
-from .saving import write_basis
+from .saving import PATTERNS, push_basis, write_basis
 from .storage import (
     AT_DIM,
     CHUNK,
@@ -33,17 +38,12 @@ from .storage import (
     MemoryStore,
     check_dtype,
     chunk_hashes,
-    read_records,
     tensor_hash,
 )
+from .views import Dim, check_dims, check_same_model, of_view
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-
-#: Files of a basis that are downloaded, and the figures of its card, which are not.
-PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
-FIGURES = "figures/*.png"
-Dim = int | Mapping[str, int] | None
 
 
 class Basis:
@@ -182,7 +182,7 @@ class Basis:
                 row = {m: replace(b, dim=min(b.dim, limit)) for m, b in row.items()}
             blocks[name] = row
         by_name = {a.name: a for a in self.config.attributes}
-        records = [replace(by_name[n], hashes=kept_hashes(by_name[n], blocks[n])) for n in names]
+        records = [of_view(by_name[n], blocks[n]) for n in names]
         layouts = {m: self.config.modules[m] for m in kept}
         config = replace(self.config, attributes=records, modules=layouts, digest=None)
         return Basis(config, blocks)
@@ -196,7 +196,7 @@ class Basis:
         blocks: dict[str, dict[str, Block]] = {}
         records: list[AttributeRecord] = []
         for basis in bases:
-            _check_same_model(first, basis)
+            check_same_model(first, basis)
             for record in basis.config.attributes:
                 if record.name in blocks:
                     raise BasisError(f"attribute {record.name!r} is in two of the bases: rename or select it away.")
@@ -275,7 +275,7 @@ class Basis:
             for module in self.modules:
                 self._stored(module, attribute)
                 block, known = self._block(module, attribute), self._record(attribute).record_hashes.get(module)
-                if known and tensor_hash(read_records(block.store, block.name)) != known:
+                if known and tensor_hash(valid_records(block)) != known:
                     raise BasisError(corrupted(attribute, module))
         self._check_digest()
 
@@ -365,14 +365,9 @@ class Basis:
         Raises:
             BasisError: no right to write, no connection, no Xet storage; nothing was committed.
         """
+        message = commit_message or f"Basis of {', '.join(self.attributes)}"
         target = open_repo(repo_id, private=private, revision=revision, token=token, create_pr=create_pr)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            config = write_basis(self, folder, None, "5GB")
-            card = full_card(Basis(config, self._blocks), target.repo_id, folder, license)
-            (folder / "README.md").write_text(card)
-            message = commit_message or f"Basis of {', '.join(self.attributes)}"
-            info = push_folder(folder, target, [*PATTERNS, FIGURES], message)
+        config, info = push_basis(self, target, message, license)
         self.config, self._digest = config, None
         self.source, self.revision = target.repo_id, info.oid
         return info
@@ -423,26 +418,3 @@ class Basis:
                 raise BasisError(corrupted(attribute, module))
             self._checked.add(block.name)
         return ut[: block.dim], s[: block.dim], vt[: block.dim]
-
-
-def check_dims(dim: Dim, attributes: Sequence[str]) -> Callable[[str], int | None]:
-    """A function attribute -> dim (None: all there are) from an int or a dict by attribute."""
-    values = dim if isinstance(dim, Mapping) else dict.fromkeys(attributes, dim)
-    for name, value in values.items():
-        if name not in attributes:
-            raise BasisError(f"dim names the attribute {name!r}, the basis has {', '.join(attributes)}.")
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise BasisError(f"dim={value!r} for attribute {name!r} is no positive whole number.")
-    return values.get
-
-
-def _check_same_model(first: Basis, other: Basis) -> None:
-    a, b = first.config, other.config
-    if a.modules != b.modules:
-        names = sorted(set(a.modules) ^ set(b.modules), key=natural_key)
-        names = names or [m for m in a.modules if a.modules[m] != b.modules[m]]
-        raise BasisError(
-            f"the bases cover different modules or shapes, e.g. {some(names)}: select() common modules first."
-        )
-    if a.base_model and b.base_model and a.base_model != b.base_model:
-        raise BasisError(f"the bases belong to different base models, {a.base_model!r} and {b.base_model!r}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import AttributeRecord, BasisConfig
 from .errors import BasisError
-from .storage import CHUNK, FACTORS, RECORDS_NAME, Store
+from .storage import AT_DIM, CHUNK, FACTORS, RECORDS_NAME, Store, read_records
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,17 @@ def kept_hashes(record: AttributeRecord, row: dict[str, Block]) -> dict[str, lis
     """Hashes that still hold for the directions in use: those of whole chunks."""
     whole = {m: b for m, b in row.items() if (b.dim == b.stored or b.dim % CHUNK == 0) and m in record.hashes}
     return {m: record.hashes[m][: -(-b.dim // CHUNK)] for m, b in whole.items()}
+
+
+def valid_records(block: Block) -> dict[str, Tensor]:
+    """The records of a subspace that hold for the directions in use, by part."""
+    found = read_records(block.store, block.name)
+    return found if block.dim == block.stored else {k: v for k, v in found.items() if k not in AT_DIM}
+
+
+def kept_record_hashes(record: AttributeRecord, row: dict[str, Block]) -> dict[str, str]:
+    """Hashes of records that still hold: a subspace that was cut has lost some of them."""
+    return {m: value for m, value in record.record_hashes.items() if m in row and row[m].dim == row[m].stored}
 
 
 def corrupted(attribute: str, module: str) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .basis import FIGURES, PATTERNS, Basis
+from .basis import Basis
 from .blocks import index_blocks
 from .config import CONFIG_NAME, read_config
 from .errors import BasisError
 from .files import atomic_folder
 from .hub import HubOptions, fetch, is_local, matches, read_header, split_revision
+from .saving import FIGURES, PATTERNS
 from .storage import INDEX_NAME, RECORDS_NAME, FileStore, tensor_files
 
 

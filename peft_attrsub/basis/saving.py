@@ -1,9 +1,10 @@
-"""Writing a basis into a folder: tensors (sharded when large), hashes, config."""
+"""Writing a basis into a folder or to the Hub: tensors (sharded when large), hashes, config, card."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,21 +14,28 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .blocks import valid_records
+from .card import full_card
 from .config import CONFIG_NAME, BasisConfig
+from .hub import Target, push_folder
 from .storage import (
-    AT_DIM,
     FACTORS,
     INDEX_NAME,
     RECORDS_NAME,
     TENSORS_NAME,
     check_dtype,
     chunk_hashes,
-    read_records,
     tensor_hash,
 )
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from .basis import Basis
+
+#: Files of a basis that are downloaded, and the figures of its card, which are not.
+PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
+FIGURES = "figures/*.png"
 
 
 def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> BasisConfig:
@@ -44,9 +52,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
             factors = {k: v.to(dtype or v.dtype).contiguous() for k, v in factors.items()}
             hashes[module] = chunk_hashes(*factors.values())
             block = basis._block(module, attribute.name)
-            kept = read_records(block.store, block.name)
-            if block.dim != block.stored:
-                kept = {part: value for part, value in kept.items() if part not in AT_DIM}
+            kept = valid_records(block)
             if kept:
                 record_hashes[module] = tensor_hash(kept)
             name = f"{attribute.name}.{module}"
@@ -61,6 +67,18 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
         _save(small, folder / RECORDS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     return config
+
+
+def push_basis(
+    basis: Basis, target: Target, commit_message: str, license: str | None
+) -> tuple[BasisConfig, CommitInfo]:
+    """Write `basis` with its measured card to the Hub in one commit; return its config there and the commit."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = write_basis(basis, folder, None, "5GB")
+        card = full_card(type(basis)(config, basis._blocks), target.repo_id, folder, license)
+        (folder / "README.md").write_text(card)
+        return config, push_folder(folder, target, [*PATTERNS, FIGURES], commit_message)
 
 
 def _version() -> str | None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis, LoraAdapter
-from ..basis.basis import Dim
 from ..basis.naming import PEFT_PREFIX
 from ..basis.sources import check_fits
+from ..basis.views import Dim
 from .adapter_files import write_adapter
 from .config import AttrSubspaceConfig
 from .factors import blocks_of

@@ -269,3 +269,20 @@ def test_repr_is_readable(basis):
     text = repr(basis)
     assert "texture" in text and "geometry" in text and "2" in text
     assert len(text) < 1000 and "object at 0x" not in text and "tensor(" not in text
+
+
+def test_a_view_that_was_cut_verifies_before_and_after_it_is_saved(tmp_path):
+    """Residuals and energies were measured at the mined dim, so they stay behind."""
+    whole = make_basis(tmp_path / "adapters")
+    cut = whole.select(dim=1)
+    cut.verify()
+    cut.save_pretrained(tmp_path / "cut")
+    cut.verify()
+    loaded = Basis.from_pretrained(tmp_path / "cut")
+    loaded.verify()
+    module, attribute = loaded.modules[0], loaded.attributes[0]
+    assert torch.equal(loaded.weights(module, attribute), whole.weights(module, attribute))
+    for basis in (cut, loaded):
+        assert not basis.has_record(module, attribute, "energy")
+        with pytest.raises(BasisError, match="cut to fewer directions"):
+            basis.record(module, attribute, "residuals")
