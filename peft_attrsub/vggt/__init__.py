@@ -1,0 +1,37 @@
+"""VGGT as a transformers model: configuration, model, image processor, cameras, losses, targets of adapters."""
+
+from .cameras import (
+    decode_pose,
+    encode_pose,
+    invert_extrinsics,
+    matrix_to_quaternion,
+    project,
+    quaternion_to_matrix,
+    relative_to_first,
+    unproject,
+)
+from .configuration_vggt import VggtConfig
+from .image_processing_vggt import VggtImageProcessor
+from .losses import VggtLoss, VggtLosses
+from .modeling_vggt import VggtModel, VggtOutput
+from .prediction import VggtPrediction
+from .targets import vggt_targets
+
+__all__ = [
+    "VggtConfig",
+    "VggtImageProcessor",
+    "VggtLoss",
+    "VggtLosses",
+    "VggtModel",
+    "VggtOutput",
+    "VggtPrediction",
+    "decode_pose",
+    "encode_pose",
+    "invert_extrinsics",
+    "matrix_to_quaternion",
+    "project",
+    "quaternion_to_matrix",
+    "relative_to_first",
+    "unproject",
+    "vggt_targets",
+]

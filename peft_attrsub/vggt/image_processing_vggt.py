@@ -1,0 +1,313 @@
+"""VggtImageProcessor: images of a scene, of any kind and size, to the pixels that VGGT reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+# Not from transformers itself, which puts a dummy in its place where Pillow is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+from .configuration_vggt import VggtConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODES = ("crop", "pad", "square")
+
+#: Floats may leave [0, 1] by this much, as resampled images do; they are clipped.
+_SLACK = 1e-3
+_KINDS = (
+    "a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), a tensor (1, H, W), (3, H, W) or (4, H, W), "
+    "or the path of an image file"
+)
+
+
+class VggtImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """Settings that from_pretrained may override."""
+
+    mode: str
+    image_size: int
+    patch_size: int
+    pad_views: bool
+
+
+class VggtImageProcessor(BaseImageProcessor):
+    """Images to `pixel_values` (B, S, 3, H, W), float32 RGB in [0, 1], H and W multiples of the patch size.
+
+    An image of w x h pixels is resized with PIL's bicubic filter, with side = image_size, by `mode`:
+
+        crop    to the width `side` and the height round(h side / w / patch) patch; of what is higher than `side` the
+                middle is kept: rows (height - side) // 2 and on.
+        pad     the longer side to `side`, the other rounded to patches as above; padded with white to a square.
+        square  padded with black to a square of max(w, h), which is resized to side x side.
+
+    A side never rounds to less than one patch. Images that still differ in size are padded with white, evenly on
+    both sides (left and top get pad // 2), to the largest of all scenes of the call. Mean and deviation are the
+    model's own business: nothing is normalised here. The defaults are those of facebook/VGGT-1B.
+
+    An image is a PIL image, a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), a tensor (1, H, W), (3, H, W) or
+    (4, H, W), or the path of a file. One image or a list of images is one scene; a list of lists, or an array or
+    tensor with one axis more than a scene's, is a batch of scenes. Arrays and tensors hold uint8, uint16, or floats
+    in [0, 1]. All are brought to 8 bits a channel before they are resized, so the same picture gives the same pixels
+    in whatever form it comes. Transparency (also of palettes and of grey images) is laid on white, grey is repeated,
+    of an animation the first frame counts. PIL images and files are turned upright as their EXIF orientation says.
+
+    Args:
+        mode: "crop", "pad" or "square".
+        image_size: side in pixels, a multiple of patch_size.
+        patch_size: side of the model's patches in pixels.
+        pad_views: scenes of a batch may have different numbers of views: shorter ones repeat their last view, and
+            the output holds `view_mask` (B, S), False for the repeats. The model knows of no mask: the repeats take
+            part in its attention, which is why it is a view again and not an empty image.
+
+    Source: arXiv 2503.11651 and its released inference recipe (crop, pad, square); EXIF, 16 bits and masks are ours.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own attribute
+    valid_kwargs = VggtImagesKwargs
+
+    def __init__(
+        self,
+        mode: str = "crop",
+        image_size: int = 518,
+        patch_size: int = 14,
+        pad_views: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_settings(mode, image_size, patch_size)
+        self.mode = mode
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.pad_views = pad_views
+
+    def preprocess(
+        self,
+        images: Any,
+        mode: str | None = None,
+        image_size: int | None = None,
+        patch_size: int | None = None,
+        pad_views: bool | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """The pixels of one scene or of a batch of scenes; every argument but the images overrides the processor's.
+
+        Returns: a BatchFeature of torch tensors (numpy arrays with return_tensors="np") with
+            pixel_values (B, S, 3, H, W): float32 in [0, 1].
+            original_sizes (B, S, 2): height and width of the images in pixels, upright.
+            boxes (B, S, 6): float32 [x1, y1, x2, y2, w, h]. The whole upright image, w x h pixels, fills the rectangle
+                from (x1, y1) to (x2, y2) of the output; it reaches outside the output where the image was cropped. In
+                coordinates that are 0 at the left or top edge of the first pixel, x of the output lies at
+                (x - x1) w / (x2 - x1) of the image, and y likewise.
+            view_mask (B, S): with pad_views only; False for views that were repeated.
+
+        Raises: ValueError that names the view (and its file) for what cannot be read as an image, and for scenes with
+            different numbers of views without pad_views.
+        """
+        mode = self.mode if mode is None else mode
+        side = self.image_size if image_size is None else image_size
+        patch = self.patch_size if patch_size is None else patch_size
+        pad_views = self.pad_views if pad_views is None else pad_views
+        _check_settings(mode, side, patch)
+        _check_pillow()
+
+        scenes = _scenes(images)
+        counts = [len(scene) for scene in scenes]
+        views = max(counts)
+        if min(counts) != views and not pad_views:
+            raise ValueError(
+                f"the scenes have {', '.join(map(str, counts))} views, and a batch needs as many of each: pass them "
+                f"one by one, or pad_views=True to repeat the last view of the shorter ones."
+            )
+
+        fitted = [[_fit(view, mode, side, patch) for view in _read_all(scene, b)] for b, scene in enumerate(scenes)]
+        every = [view for scene in fitted for view in scene]
+        height = max(pixels.shape[0] for pixels, _ in every)
+        width = max(pixels.shape[1] for pixels, _ in every)
+        if mode == "pad":
+            height = width = side
+
+        values = np.ones((len(scenes), views, 3, height, width), np.float32)
+        boxes = np.zeros((len(scenes), views, 6), np.float32)
+        for b, scene in enumerate(fitted):
+            for s in range(views):
+                pixels, box = scene[min(s, len(scene) - 1)]
+                h, w = pixels.shape[:2]
+                top, left = (height - h) // 2, (width - w) // 2
+                np.divide(pixels.transpose(2, 0, 1), 255, out=values[b, s, :, top : top + h, left : left + w])
+                boxes[b, s] = box + np.array([left, top, left, top, 0, 0])
+        data = {"pixel_values": values, "original_sizes": boxes[..., [5, 4]].astype(np.int64), "boxes": boxes}
+        if pad_views:
+            data["view_mask"] = np.arange(views) < np.array(counts)[:, None]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def _check_settings(mode: str, image_size: int, patch_size: int) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not known: choose from {', '.join(MODES)}.")
+    if patch_size < 1 or image_size < 1 or image_size % patch_size:
+        raise ValueError(
+            f"image_size={image_size} cannot be cut into patches of {patch_size}: give a multiple of patch_size."
+        )
+
+
+def _check_pillow() -> None:
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise ImportError('VggtImageProcessor needs Pillow: pip install "peft-attrsub[vggt]".') from error
+
+
+# -------------------------------------------------------------------------------------------------- scenes and views
+
+
+def _scenes(images: Any) -> list[list[Any]]:
+    """What the caller gave, as a list of scenes, each a list of views."""
+    images = _unstacked(images)
+    if not isinstance(images, list):
+        return [[images]]
+    nested = [isinstance(one, list) for one in images]
+    if any(nested) and not all(nested):
+        raise ValueError(
+            "the list holds single images beside lists of images: give a list of images (one scene) or a list of "
+            "lists (a batch of scenes)."
+        )
+    scenes = images if any(nested) else [images]
+    for b, scene in enumerate(scenes):
+        if not scene:
+            raise ValueError(f"scene {b} has no images: give one or more.")
+        if any(isinstance(view, list) for view in scene):
+            raise ValueError("the images are nested too deeply: give a list of images or a list of lists of images.")
+    return scenes
+
+
+def _unstacked(images: Any) -> Any:
+    """Sequences, iterators and stacks of images as lists; a single image as it is."""
+    if isinstance(images, (list, tuple, Iterator)):
+        return [_unstacked(one) for one in images]
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
+        return [_unstacked(one) for one in images]
+    return images
+
+
+# ------------------------------------------------------------------------------------------------ anything to RGB
+
+
+def _read_all(scene: list[Any], b: int) -> Iterator[Image.Image]:
+    for s, view in enumerate(scene):
+        try:
+            yield _upright_rgb(view)
+        except FileNotFoundError as error:
+            raise ValueError(f"{_named(view, s, b)} does not exist: check the path.") from error
+        except Exception as error:  # Pillow's decoders raise more than OSError
+            raise ValueError(f"{_named(view, s, b)} cannot be read as an image: {error}") from error
+
+
+def _named(view: Any, s: int, b: int) -> str:
+    path = view if isinstance(view, (str, os.PathLike)) else getattr(view, "filename", None)
+    return f"view {s} of scene {b}" + (f", the file {str(path)!r}," if path else "")
+
+
+def _upright_rgb(view: Any) -> Image.Image:
+    """Any image as an upright PIL image of mode RGB."""
+    from PIL import Image, ImageOps
+
+    if isinstance(view, (str, os.PathLike)):
+        with Image.open(view) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    if isinstance(view, Image.Image):
+        return _rgb(ImageOps.exif_transpose(view))
+    if isinstance(view, torch.Tensor):
+        if view.ndim != 3 or view.shape[0] not in (1, 3, 4):
+            raise ValueError(f"its shape is {tuple(view.shape)}, expected a tensor (1, H, W), (3, H, W) or (4, H, W).")
+        view = view.detach().cpu()
+        view = (view.float() if view.is_floating_point() else view).permute(1, 2, 0).numpy()
+    if isinstance(view, np.ndarray):
+        return _rgb(_from_array(view))
+    raise ValueError(f"it is of type {type(view).__name__}, expected {_KINDS}.")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB: transparency on white, 16 bits and floats to 8 bits."""
+    from PIL import Image
+
+    if 0 in image.size:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at least one.")
+    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
+        values = np.asarray(image)
+        if image.mode == "I":
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("it holds integers beyond 16 bits, expected values from 0 to 65535.")
+            values = values.astype(np.uint16)
+        image = _from_array(values)
+    if "transparency" in image.info or image.mode.endswith(("A", "a")):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _from_array(values: NDArray[Any]) -> Image.Image:
+    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or floats in [0, 1] as a PIL image."""
+    from PIL import Image
+
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    if values.ndim != 2 and (values.ndim != 3 or values.shape[2] not in (3, 4)):
+        raise ValueError(f"its shape is {values.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
+    if not values.size:
+        raise ValueError(f"its shape is {values.shape}: expected at least one pixel.")
+    if np.issubdtype(values.dtype, np.floating):
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -_SLACK and high <= 1 + _SLACK):  # also what is not a number
+            raise ValueError(f"its floats go from {low:g} to {high:g}, expected [0, 1]: divide by 255, or pass uint8.")
+        values = np.rint(values.astype(np.float32).clip(0, 1) * 255)
+    elif values.dtype.newbyteorder("=") == np.uint16:
+        values = (values.astype(np.uint32) + 128) // 257
+    elif values.dtype != np.uint8:
+        raise ValueError(f"its numbers are {values.dtype}, expected uint8, uint16 or floats in [0, 1].")
+    return Image.fromarray(np.ascontiguousarray(values, np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------- geometry
+
+
+def _fit(image: Image.Image, mode: str, side: int, patch: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """One RGB image resized by `mode`: pixels (H, W, 3), and its box [x1, y1, x2, y2, w, h]."""
+    from PIL import Image
+
+    bicubic = Image.Resampling.BICUBIC
+    width, height = image.size
+    if mode == "square":
+        longest = max(width, height)
+        left, top = (longest - width) // 2, (longest - height) // 2
+        canvas = Image.new("RGB", (longest, longest))
+        canvas.paste(image, (left, top))
+        corners = np.array([left, top, left + width, top + height]) * (side / longest)
+        return np.asarray(canvas.resize((side, side), bicubic)), np.append(corners, (width, height))
+
+    new_width = new_height = side
+    if mode == "pad" and height > width:
+        new_width = _in_patches(width * side / height, patch)
+    else:
+        new_height = _in_patches(height * side / width, patch)
+    pixels = np.asarray(image.resize((new_width, new_height), bicubic))
+    start = max(0, new_height - side) // 2
+    box = np.array([0, -start, new_width, new_height - start, width, height], np.float64)
+    return pixels[start : start + side], box
+
+
+def _in_patches(length: float, patch: int) -> int:
+    return max(1, round(length / patch)) * patch
+
+
+AutoImageProcessor.register(VggtConfig, slow_image_processor_class=VggtImageProcessor, exist_ok=True)
+
+__all__ = ["MODES", "VggtImageProcessor"]
