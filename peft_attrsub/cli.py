@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -21,11 +20,12 @@ from .analysis import analyse, save_figures, write_report
 from .basis import Basis, BasisError, build_basis
 from .basis.adapters import CONFIG as ADAPTER_CONFIG
 from .basis.config import CONFIG_NAME
+from .basis.convert import convert_release
 from .basis.files import check_file, check_writable
 from .basis.hub import is_local
-from .basis.naming import check_attribute
 from .basis.remote import open_header, pull_basis
 from .basis.storage import DTYPES
+from .cli_words import group_adapters, split_attributes
 from .tuner import export_lora, project_lora
 
 app = typer.Typer(
@@ -128,6 +128,34 @@ def info(
         if verify:
             opened.verify()
         _tell(cli_text.summary(opened), as_json, cli_text.described)
+
+    _run(work, debug)
+
+
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(help="Subspace file (.safetensors) in the layout of the paper's authors.")],
+    output: Output,
+    attributes: Annotated[
+        str,
+        typer.Option(
+            help="Names for its directions: one, or several that share them evenly in the file's order "
+            "(light,camera,geometry,texture), or by size (light=4,texture=8)."
+        ),
+    ] = "shared",
+    base_model: Annotated[str, typer.Option(help="Base model to record.")] = "facebook/VGGT-1B",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Read a subspace file of the authors' release into a basis."""
+
+    def work() -> None:
+        check_writable(output, CONFIG_NAME, overwrite)
+        basis = convert_release(file, attributes=split_attributes(attributes), base_model=base_model)
+        basis.config.command = _command()
+        basis.save_pretrained(output, overwrite=overwrite)
+        _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
 
     _run(work, debug)
 
@@ -277,50 +305,6 @@ def project(
         _tell(record, as_json, cli_text.projected)
 
     _run(work, debug)
-
-
-def group_adapters(arguments: list[str]) -> dict[str, list[str]]:
-    """attribute -> adapters, from the words on the command line (see `build-basis --help`)."""
-    groups: dict[str, list[str]] = {}
-    for argument in arguments:
-        name, explicit, path = argument.partition("=")
-        if explicit and not os.path.exists(argument):
-            check_attribute(name)
-            groups.setdefault(name, []).extend(_adapters_in(path) or [path])
-            continue
-        if os.path.exists(argument):
-            argument = os.path.normpath(argument)
-        inside = _adapters_in(argument)
-        name = Path(argument).resolve().name if inside else _stem(argument)
-        try:
-            check_attribute(name)
-        except BasisError as error:
-            raise BasisError(f"{error} Say it outright: attribute={argument}") from None
-        groups.setdefault(name, []).extend(inside or [argument])
-    for name, members in groups.items():
-        twice = next((m for i, m in enumerate(members) if m in members[:i]), None)
-        if twice:
-            raise BasisError(f"adapter {twice!r} is given twice for attribute {name!r}: give it once.")
-    return groups
-
-
-def _adapters_in(folder: str) -> list[str]:
-    """Adapters directly inside a folder that is no adapter itself."""
-    path = Path(folder)
-    if not path.is_dir() or (path / ADAPTER_CONFIG).exists():
-        return []
-    names = [child for child in path.iterdir() if (child / ADAPTER_CONFIG).is_file()]
-    if not names:
-        raise BasisError(f"{folder!r} holds neither an adapter ({ADAPTER_CONFIG}) nor folders of adapters.")
-    return [str(child) for child in sorted(names, key=lambda p: cli_text.natural_key(p.name))]
-
-
-def _stem(argument: str) -> str:
-    """'texture' from 'adapters/texture-0', 'user/texture_3', 'texture-1.safetensors'."""
-    path = Path(argument)
-    name = path.parent.name if path.name == "adapter_model.safetensors" else path.name
-    name = name.removesuffix(".safetensors").partition("@")[0]
-    return re.sub(r"[-_. ]?\d+$", "", name) or name
 
 
 def _is_main_process() -> bool:
