@@ -17,7 +17,7 @@ demo: .venv/.stamp-demo  ## the method end to end on handwritten digits, on a CP
 test: .venv/.stamp-dev .venv/.stamp-chromium  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-test-slow: .venv/.stamp-dev .venv/.stamp-chromium  ## the slow tests
+test-slow: .venv/.stamp-dev .venv/.stamp-chromium .venv/.stamp-third-party  ## the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1800
 
 lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
@@ -25,10 +25,11 @@ lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.stamp-dev  ## speed and memory of mining, tuning and reports; tables, and JSON in benchmarks/results
+bench: .venv/.stamp-dev  ## speed and memory of mining, tuning, reports and VGGT; tables, and JSON in benchmarks/results
 	$(BIN)/python benchmarks/build_basis.py
 	$(BIN)/python benchmarks/tuner.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/vggt.py
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -59,6 +60,13 @@ help:  ## this list
 	    echo "make: no Chromium here: the tests of the HTML report are skipped; on Debian: apt-get install chromium" >&2; \
 	  fi; \
 	fi
+	@touch $@
+
+# Somebody else's 3D model, for one slow test, without the packages that only its web demo needs.
+.venv/.stamp-third-party: .venv/.stamp-dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps depth-anything-3 && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check addict einops omegaconf || \
+	  echo "make: depth-anything-3 cannot be installed here: its test is skipped" >&2
 	@touch $@
 
 # Debian ships venv apart from Python: without it, root gets it installed and everybody else a sentence.
