@@ -33,6 +33,7 @@ FIELDS = {
     },
     "report": {"cases", "targets"},
     "tuner": {"cases"},
+    "vggt": {"cases", "model"},
 }
 
 
@@ -116,6 +117,19 @@ def test_tuner_runs(tmp_path: Path) -> None:
     # A core keeps tokens x D for its gradient, per linear; LoRA keeps its input of tokens x m as well.
     assert rows["frozen base"]["saved_over_base_mib"] == 0
     assert 0 < rows["attrsub D=16"]["saved_over_base_mib"] < rows["LoRA r=16"]["saved_over_base_mib"]
+
+
+def test_vggt_runs(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    printed = run("vggt", "--device", "cpu", "--frames", "2", "--output", str(output))
+    result = json.loads(output.read_text())
+    check_header(result, "vggt")
+    cases = {case["kind"]: case for case in result["cases"]}
+    assert len(cases) == 6 and all(case["seconds"].keys() == STATISTICS for case in cases.values())
+    assert all(case["frames"] == 2 and case["seconds"]["median"] > 0 for case in cases.values())
+    # Four frame and global blocks, of which the heads read all.
+    assert cases["forward"]["kept_mib"] == cases["forward, all layers kept"]["kept_mib"] > 0
+    assert "training step" in printed
 
 
 @pytest.mark.parametrize("figures", [True, False])
