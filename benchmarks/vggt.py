@@ -3,7 +3,8 @@
     python benchmarks/vggt.py [--device cpu|cuda] [--preset small|vggt-1b] [--frames 1 2 4 8] [--rounds 3] [--quick]
 
 On a CPU a smaller model at 224 px (the preset "small": 384 wide, 12 + 12 blocks), on a GPU vggt-1b at 518 px under
-bf16 autocast. Weights are random; time and memory do not depend on them. Every case is a process of its own, but for --quick.
+bf16 autocast. Weights are random; time and memory do not depend on them. Every case is a process of its own, but for
+--quick.
 """
 
 from __future__ import annotations
