@@ -22,9 +22,9 @@ _ENERGY_SHARE = 0.9
 DROP_RULE = (
     "A drop is a fall of the singular values by a factor of 3 or more over h = ceil(rank / 8) consecutive values "
     "that is at least four times (in logarithms) the typical, median fall over h values of the same spectrum. Falls "
-    "that touch count as one; it is placed at its steepest step, and must have 2 h values (at least 4) below it (the "
-    "last values of any square matrix fall off). Values under 1e-6 of the largest count as 1e-6, and falls that reach "
-    "there do not count as typical."
+    "that touch, or have their steepest step in common, count as one; a drop is placed at its steepest step, and must "
+    "have 2 h values (at least 4) below it (the last values of any square matrix fall off). Values under 1e-6 of the "
+    "largest count as 1e-6, and falls that reach there do not count as typical."
 )
 PATTERN_RULE = (
     "At-rank: one drop, within h of the adapters' rank. Beyond-rank: one drop, further on. Two-step: two drops or "
@@ -66,13 +66,14 @@ def find_drops(values: Tensor, rank: int) -> list[Drop]:
     typical = float(inside.quantile(0.5)) if inside.numel() else 0.0
     least = max(log(_LEAST_FACTOR), _TIMES_TYPICAL * typical)
     steps = logs[:-1] - logs[1:]
-    drops = []
+    found: dict[int, float] = {}
     for start, stop in _runs((falls >= least).tolist()):
         # The falls G_start .. G_(stop-1) reach from value `start` to value `stop - 1 + h`.
         at = start + int(steps[start : stop - 1 + h].argmax())
         if at + 1 <= logs.shape[0] - max(2 * h, 4):
-            drops.append(Drop(at + 1, exp(float(logs[start] - logs[stop - 1 + h]))))
-    return drops
+            # Two runs may share their steepest step.
+            found[at + 1] = max(found.get(at + 1, 0.0), exp(float(logs[start] - logs[stop - 1 + h])))
+    return [Drop(index, factor) for index, factor in found.items()]
 
 
 def largest_fall(values: Tensor, rank: int) -> float:

@@ -92,7 +92,8 @@ def drops_slowly(values, rank):
         above = steepest + 1
         if len(values) - above >= max(2 * h, 4):
             drops.append((above, math.exp(logs[first] - logs[last])))
-    return drops
+    # One per steepest step, with the larger of the falls that share it.
+    return [(above, max(f for a, f in drops if a == above)) for above in dict(drops)]
 
 
 def near_a_threshold(values, rank, margin=1e-9):
