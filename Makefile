@@ -9,16 +9,19 @@ TORCH ?= torch
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint bench clean help
+.PHONY: demo test test-slow test-cycles lint bench clean help
 
 demo: .venv/.stamp-demo  ## the method end to end on handwritten digits, on a CPU
 	$(BIN)/python examples/digits.py
 
-test: .venv/.stamp-dev .venv/.stamp-chromium  ## the tests, without the slow ones
+test: .venv/.stamp-dev .venv/.stamp-system  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-test-slow: .venv/.stamp-dev .venv/.stamp-chromium .venv/.stamp-third-party  ## the slow tests
+test-slow: .venv/.stamp-dev .venv/.stamp-system .venv/.stamp-third-party test-cycles  ## the slow tests, and test-cycles
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1800
+
+test-cycles: .venv-cycles/.stamp  ## the tests of both renderers of scenes, with Blender's bpy in a venv of its own
+	.venv-cycles/bin/python -m pytest tests/scenes/test_cycles.py tests/scenes/test_raycast.py
 
 lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -32,7 +35,7 @@ bench: .venv/.stamp-dev  ## speed and memory of mining, tuning, reports and VGGT
 	$(BIN)/python benchmarks/vggt.py
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cycles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
@@ -51,13 +54,16 @@ help:  ## this list
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
-# The report is tested in the system's Chromium; without one those tests are skipped, and say so.
-.venv/.stamp-chromium: .venv/.stamp
-	@if ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; then \
+# The report is tested in the system's Chromium, the ray caster needs GL's libraries; without them those tests are
+# skipped, and say so.
+BLENDER := libxrender1 libxfixes3 libxi6 libxkbcommon0 libsm6 libgl1
+SYSTEM := chromium libegl1 libgl1 libusb-1.0-0
+.venv/.stamp-system: .venv/.stamp
+	@if ! command -v chromium >/dev/null || ! ldconfig -p | grep -q libEGL; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM); \
 	  else \
-	    echo "make: no Chromium here: the tests of the HTML report are skipped; on Debian: apt-get install chromium" >&2; \
+	    echo "make: some tests may be skipped here; on Debian: apt-get install $(SYSTEM)" >&2; \
 	  fi; \
 	fi
 	@touch $@
@@ -67,6 +73,17 @@ help:  ## this list
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps depth-anything-3 && \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check addict einops omegaconf || \
 	  echo "make: depth-anything-3 cannot be installed here: its test is skipped" >&2
+	@touch $@
+
+# bpy wants an older numpy than the rest.
+.venv-cycles/.stamp: pyproject.toml .venv/.stamp-system
+	$(PYTHON) -m venv .venv-cycles
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BLENDER); \
+	fi
+	.venv-cycles/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "numpy<2"
+	.venv-cycles/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[scenes]" hypothesis pytest \
+	  pytest-timeout
 	@touch $@
 
 # Debian ships venv apart from Python: without it, root gets it installed and everybody else a sentence.

@@ -1,0 +1,207 @@
+"""Is a dataset what its manifests say, and do its depth maps and cameras fit each other? And make it so again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import pixels
+from .dataset import DATASET, Dataset, scene_name
+from .description import Scene
+from .generate import RESERVE, run
+from .storage import DESCRIPTION, MANIFEST, TRANSFORMS, SceneFormat, read_json, read_manifest, read_scene
+
+# A point may lie this much before the surface that the other view shows: relative, and for the millimetres of a PNG.
+TOLERANCE, SLACK = 0.01, 0.002
+FEW = 50  # points: their share says nothing
+CONTRADICTIONS = 0.02  # share of points; silhouettes and surfaces thinner than a pixel account for less
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. scene: its number, None for the whole dataset; redo: the views to render again to
+    mend it, [] for none of them, None for all."""
+
+    scene: int | None
+    text: str
+    redo: list[int] | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.scene is None else f"{scene_name(self.scene)}: {self.text}"
+
+
+def contradictions(
+    depth: np.ndarray,
+    extrinsic: np.ndarray,
+    intrinsic: np.ndarray,
+    mask: np.ndarray | None = None,
+    stride: int = 1,
+) -> float:
+    """Share of view 0's surface points that cannot be there, because view 1 looks through them at something farther.
+
+    A pixel (u, v) of view 0 with planar depth z is the point X = R0^T (z K0^-1 (u, v, 1) - t0); in view 1 it falls
+    on (u', v', 1) z' = K1 (R1 X + t1). Nothing farther than z' can be seen there: a contradiction is a depth in
+    view 1, the least of 3 x 3 pixels around (u', v'), beyond z' by more than 1 % and 2 mm. Points that something
+    nearer hides, and points outside view 1, contradict nothing.
+
+    depth (2, H, W) metres, 0 where nothing is; extrinsic (2, 3, 4); intrinsic (2, 3, 3); mask (H, W): the pixels of
+    view 0 to use; stride: use every n-th row and column. 0.0 where less than 50 points fall into view 1.
+    """
+    height, width = depth.shape[1:]
+    v, u = np.mgrid[0:height:stride, 0:width:stride]
+    z = depth[0, v, u].astype(np.float64)
+    use = z > 0
+    if mask is not None:
+        use &= mask[v, u]
+    u, v, z = u[use], v[use], z[use]
+    rays = np.linalg.inv(intrinsic[0]) @ np.stack([u + 0.5, v + 0.5, np.ones(len(u))])
+    points = extrinsic[0, :, :3].T @ (rays * z - extrinsic[0, :, 3:])
+    x, y, far = intrinsic[1] @ (extrinsic[1, :, :3] @ points + extrinsic[1, :, 3:])
+    ahead = far > 1e-6
+    x, y, far = x[ahead] / far[ahead], y[ahead] / far[ahead], far[ahead]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    column, row, far = x[inside].astype(np.intp), y[inside].astype(np.intp), far[inside]
+    if len(far) < FEW:
+        return 0.0
+    padded = np.pad(np.where(depth[1] > 0, depth[1], np.inf), 1, mode="edge")
+    nearest = np.full(len(far), np.inf)
+    for down in range(3):
+        for right in range(3):
+            nearest = np.minimum(nearest, padded[row + down, column + right])
+    return float(np.mean(nearest > far * (1 + TOLERANCE) + SLACK))
+
+
+def check_scene(dataset: Dataset, index: int, pairs: int = 3) -> list[Problem]:
+    """What is wrong with one scene: files, sizes, hashes, depth, and `pairs` pairs of neighbouring views."""
+    folder = dataset.scene(index)
+    try:
+        manifest = read_manifest(folder)
+        form = SceneFormat(manifest["jpeg"], manifest["depth"])
+        size, views = (manifest["height"], manifest["width"]), manifest["views"]
+        if manifest["tag"] != dataset.tag:
+            return [Problem(index, "it was made by another plan than the dataset's.")]
+    except FileNotFoundError:
+        return [Problem(index, "it is not finished: it has no manifest.")]
+    except (KeyError, ValueError) as error:
+        return [Problem(index, f"its manifest cannot be read ({error}).")]
+
+    owner = {name: view for view in range(views) for name in form.names(view).values()}
+    wanted = {DESCRIPTION, TRANSFORMS, *owner}
+    found: list[Problem] = []
+    if odd := sorted(wanted ^ set(manifest["files"])):
+        return [Problem(index, f"its manifest does not fit its {views} views: {odd[0]}.")]
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in wanted and name != MANIFEST:
+            found.append(Problem(index, f"{name} does not belong there.", []))
+    for name in sorted(wanted):
+        if problem := _check_file(folder, name, manifest["files"][name], size, form):
+            found.append(Problem(index, f"{name} {problem}", [owner[name]] if name in owner else []))
+    return found or _check_geometry(dataset, index, views, pairs)
+
+
+def _check_file(
+    folder: Path, name: str, entry: dict[str, Any], size: tuple[int, int], form: SceneFormat
+) -> str | None:
+    path = folder / name
+    if not path.exists():
+        return "is missing."
+    data = path.read_bytes()
+    if len(data) != entry["bytes"]:
+        return f"has {len(data)} bytes, its manifest says {entry['bytes']}."
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        return "has other bytes than its manifest says."
+    kind = name.partition("/")[0]
+    try:
+        if kind == "depth":
+            array = pixels.decode_depth(data, path)
+            if not np.isfinite(array).all() or (array < 0).any():
+                return "has depths that are negative or not finite."
+        elif kind in ("images", "masks"):
+            array = pixels.decode(data, path)
+        else:
+            return None
+    except ValueError as error:
+        return str(error)
+    expected = (*size, 3) if kind == "images" else size
+    return None if array.shape == expected else f"has the shape {array.shape}, expected {expected}."
+
+
+def _check_geometry(dataset: Dataset, index: int, views: int, pairs: int) -> list[Problem]:
+    """Neighbouring views must not contradict each other; both ways, at most `pairs` of them, evenly spread."""
+    folder = dataset.scene(index)
+    try:
+        frames = read_json(folder / TRANSFORMS)["frames"]
+        scene = Scene.from_json((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (KeyError, ValueError) as error:
+        return [Problem(index, str(error), [])]
+    if not len(frames) == len(scene.cameras) == views:
+        return [Problem(index, f"{len(frames)} frames and {len(scene.cameras)} cameras for {views} views.")]
+    # What moves is elsewhere in the next view; walls and floors stand still.
+    still = {shape.object_id for shape in scene.shapes if shape.kind in ("room", "floor")}
+    stride = max(1, min(scene.width, scene.height) // 128)
+    found, neighbours = [], views - 1
+    for place in range(min(pairs, neighbours)):
+        first = place * neighbours // min(pairs, neighbours)
+        for order in ([first, first + 1], [first + 1, first]):
+            arrays = read_scene(folder, order)
+            mask = np.isin(arrays["ids"][0], list(still)) if scene.recipe == "motion" else None
+            share = contradictions(arrays["depth"], arrays["extrinsic"], arrays["intrinsic"], mask, stride)
+            if share > CONTRADICTIONS:
+                text = f"views {order[0]} and {order[1]} contradict each other in {share:.1%} of the points."
+                found.append(Problem(index, f"{text} Depth and cameras do not fit."))
+    return found
+
+
+def check_dataset(folder: str | Path, pairs: int = 3, workers: int | None = None) -> list[Problem]:
+    """Everything that is wrong with a dataset, in order; an empty list where nothing is.
+
+    Looks at every file of every scene (size, SHA-256, picture size, finite depth), at `pairs` pairs of views per
+    scene (`contradictions`), and at dataset.json. workers: threads. OSError or ValueError where the folder is no
+    dataset at all.
+    """
+    dataset = Dataset.open(folder)
+    failures = dataset.failures()
+    found: list[Problem] = []
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as threads:
+        check: Callable[[int], list[Problem]] = lambda index: check_scene(dataset, index, pairs)  # noqa: E731
+        for index, problems in enumerate(threads.map(check, range(dataset.scenes))):
+            if index in failures:
+                problems = [Problem(index, f"it failed: {failures[index]['error']}")]
+            found += problems
+    expected = {scene_name(index) for index in range(dataset.scenes)}
+    for path in sorted(dataset.folder.glob("scene_*")):
+        if path.name not in expected:
+            found.append(Problem(None, f"{path.name} does not belong to the {dataset.scenes} scenes: move it away."))
+    digest = read_json(dataset.folder / DATASET).get("digest")
+    if digest != dataset.digest() and (digest is not None or not found):
+        found.append(Problem(None, f"{DATASET} does not fit the manifests: its digest is not theirs."))
+    return found
+
+
+def repair_dataset(
+    folder: str | Path, workers: int | None = None, pairs: int = 3, reserve: int = RESERVE
+) -> list[Problem]:
+    """Check a dataset, render again only what is broken or missing, and return what is wrong after that.
+
+    Single views are rendered again where the rest of their scene is intact and they come out with the bytes that the
+    manifest has; else the whole scene is. `workers`, `reserve` and the errors: see `generate.generate`.
+    """
+    redo: dict[int, list[int] | None] = {}
+    problems = check_dataset(folder, pairs)
+    for problem in problems:
+        if problem.scene is not None:
+            before = redo.get(problem.scene, [])
+            both = None if before is None or problem.redo is None else sorted({*before, *problem.redo})
+            redo[problem.scene] = both
+    if not problems:
+        return []
+    run(Dataset.open(folder), redo, workers, reserve=reserve)
+    return check_dataset(folder, pairs)
