@@ -29,7 +29,12 @@ def parser() -> argparse.ArgumentParser:
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = out.add_argument
-    add("--attribute", required=True, choices=(*ATTRIBUTES, "mixed", "all"), help="what varies within a dataset")
+    add(
+        "--attribute",
+        required=True,
+        choices=(*ATTRIBUTES, "mixed", "motion", "all"),
+        help="what varies within a dataset",
+    )
     add("--out", type=Path, required=True, help="folder of the datasets")
     add("--datasets", type=int, default=10, help="datasets per attribute (default: 10)")
     add("--scenes", type=int, default=200, help="scenes per dataset (default: 200)")

@@ -42,8 +42,8 @@ def use_device(bpy: Any, target: Any, device: str) -> None:
     target.cycles.denoising_use_gpu = True
 
 
-def add_object(bpy: Any, mesh: Any, number: int, materials: list[Any], scales: np.ndarray, casts_shadow: bool) -> None:
-    """The triangles with the object id `number` as one Blender object whose pass index is the id.
+def add_object(bpy: Any, mesh: Any, number: int, materials: list[Any], scales: np.ndarray, casts_shadow: bool) -> Any:
+    """The triangles with the object id `number` as one Blender object, returned, whose pass index is the id.
 
     scales: per material, repetitions of its maps over one unit of the mesh's texture coordinates.
     """
@@ -74,6 +74,7 @@ def add_object(bpy: Any, mesh: Any, number: int, materials: list[Any], scales: n
     thing.pass_index = number
     thing.visible_shadow = casts_shadow
     bpy.context.scene.collection.objects.link(thing)
+    return thing
 
 
 def add_material(bpy: Any, number: int, material: Material, maps: Maps) -> Any:

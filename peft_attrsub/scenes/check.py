@@ -16,6 +16,7 @@ from . import pixels
 from .dataset import DATASET, Dataset, scene_name
 from .description import Scene
 from .generate import RESERVE, run
+from .posed import moving_ids
 from .storage import DESCRIPTION, MANIFEST, TRANSFORMS, SceneFormat, read_json, read_manifest, read_scene
 
 # A point may lie this much before the surface that the other view shows: relative, and for the millimetres of a PNG.
@@ -144,15 +145,17 @@ def _check_geometry(dataset: Dataset, index: int, views: int, pairs: int) -> lis
         return [Problem(index, str(error), [])]
     if not len(frames) == len(scene.cameras) == views:
         return [Problem(index, f"{len(frames)} frames and {len(scene.cameras)} cameras for {views} views.")]
-    # What moves is elsewhere in the next view; walls and floors stand still.
-    still = {shape.object_id for shape in scene.shapes if shape.kind in ("room", "floor")}
+    try:
+        moving = moving_ids(scene)  # they are elsewhere in the next view
+    except ValueError as error:
+        return [Problem(index, str(error), [])]
     stride = max(1, min(scene.width, scene.height) // 128)
     found, neighbours = [], views - 1
     for place in range(min(pairs, neighbours)):
         first = place * neighbours // min(pairs, neighbours)
         for order in ([first, first + 1], [first + 1, first]):
             arrays = read_scene(folder, order)
-            mask = np.isin(arrays["ids"][0], list(still)) if scene.recipe == "motion" else None
+            mask = ~np.isin(arrays["ids"][0], moving) if moving else None
             share = contradictions(arrays["depth"], arrays["extrinsic"], arrays["intrinsic"], mask, stride)
             if share > CONTRADICTIONS:
                 text = f"views {order[0]} and {order[1]} contradict each other in {share:.1%} of the points."

@@ -22,6 +22,7 @@ from .blender import add_camera, add_lamp, add_material, add_object, add_world, 
 from .deferring import deferred_signals, quiet_stdout
 from .description import Scene
 from .filtering import Maps
+from .posed import moving_ids, object_poses
 from .view import View, camera_at, encode_srgb, need
 
 DEVICES = ("cpu", "optix", "cuda")
@@ -102,6 +103,8 @@ class CyclesRenderer:
             raise ValueError("this renderer is closed, or a newer one took Blender's scene over: make a new one.")
         target = self._bpy.context.scene
         aim(target, self.scene, camera)
+        for number, pose in object_poses(self.scene, index).items():
+            self._moving[number].matrix_world = pose.T.tolist()  # bpy reads a list of lists as columns
         target.cycles.seed = crc32(f"{self.scene.dataset_seed} {self.scene.index} {index}".encode()) & 0x7FFFFFFF
         path = self._folder / f"{index}.exr"
         target.render.filepath = str(path)
@@ -172,8 +175,14 @@ class CyclesRenderer:
         materials = [add_material(bpy, number, one, its) for number, (one, its) in enumerate(pairs)]
         scales = np.array([material.scale for material in self.scene.materials], np.float32)
         shells = {shape.object_id for shape in self.scene.shapes if shape.kind == "room"}
-        for number in np.unique(mesh.object_id):
-            add_object(bpy, mesh, int(number), materials, scales, casts_shadow=int(number) not in shells)
+        numbers = np.unique(mesh.object_id).tolist()
+        things = {
+            number: add_object(bpy, mesh, number, materials, scales, casts_shadow=number not in shells)
+            for number in numbers
+        }
+        if strangers := set(moving_ids(self.scene)) - set(numbers):
+            raise ValueError(f"the object {min(strangers)} moves, but the mesh has no such object: give its own mesh.")
+        self._moving = {number: things[number] for number in moving_ids(self.scene)}
         for number, lamp in enumerate(self.scene.lights):
             add_lamp(bpy, number, lamp)
         add_world(bpy, self.scene.background, closed=bool(shells))

@@ -91,6 +91,10 @@ class Scene:
     background: linear RGB seen where nothing is, which also lights the scene as an ambient term.
     boxes: axis-aligned boxes (x0, y0, z0, x1, y1, z1) that hold the objects: cameras keep clear of them.
     recipe, dataset_seed, index: where the scene came from.
+    motion: per view, in the order of the cameras, the objects that move: object id (decimal, as JSON's keys are
+    text) to a rigid 4 x 4 transform of the object's vertices from where `shapes` put them to where they are in the
+    view. The same ids in every view; what is not named stands still. Empty, and then not in the JSON, where nothing
+    moves. `boxes` hold moving objects where `shapes` put them.
     """
 
     recipe: str
@@ -106,10 +110,14 @@ class Scene:
     size: list[float] | None = None
     boxes: list[list[float]] = field(default_factory=list)
     format: int = FORMAT
+    motion: list[dict[str, Matrix]] = field(default_factory=list)
 
     def to_json(self) -> str:
         """One line of JSON; floats in their shortest exact form, so that the same scene gives the same bytes."""
-        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True, allow_nan=False)
+        record = asdict(self)
+        if not self.motion:
+            del record["motion"]  # still scenes are as they were before anything could move
+        return json.dumps(record, separators=(",", ":"), sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Scene:

@@ -2,7 +2,8 @@
 
 Rays leave the camera through pixel centres with directions of length 1 along the optical axis, so their parameter at
 the hit is planar depth. No light bounces: an ambient term stands for it (`shading.ambient_light`). As in the Cycles
-renderer, the shell of a room casts no shadow, so that suns reach inside.
+renderer, the shell of a room casts no shadow, so that suns reach inside. What moves has a tree of its own, built anew
+for every view; a ray's hit is the nearer of the two trees'.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
 from .description import Camera, Light, Scene
 from .filtering import Maps, TextureTable
+from .posed import moving_ids, object_poses, part_of, pose_mesh
 from .shading import Surface, ambient_light, cross, dot, lamp_light, reflect, shadow_rays, unit
 from .view import View, camera_at, encode_srgb, need
 
@@ -23,6 +26,15 @@ from .view import View, camera_at, encode_srgb, need
 CHUNK = 1 << 14
 # A shadow ray starts this share of the depth in front of the surface.
 LIFT = np.float32(2e-5)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Trees for camera rays and for shadow rays; numbers: of the first one's triangles in the tables, None: as is."""
+
+    caster: Any
+    shadows: Any
+    numbers: np.ndarray | None
 
 
 class RaycastRenderer:
@@ -61,8 +73,7 @@ class RaycastRenderer:
             from .textures import render_maps
 
             maps = [render_maps(material, texture_size) for material in scene.materials]
-        self._caster: Any = None
-        self._shadows: Any = None
+        self._layers: list[_Layer] = []
         self._textures = TextureTable(maps)
         self._take_mesh(mesh)
         self._emission = np.array([material.emission for material in scene.materials], np.float32)
@@ -75,13 +86,15 @@ class RaycastRenderer:
 
     def close(self) -> None:
         """Free the ray caster's trees; a second call does nothing."""
-        self._caster = self._shadows = None
+        self._layers = []
 
     def render(self, index: int) -> View:
         """The view of camera `index`. ValueError for an index the scene does not have, or a closed renderer."""
         camera = camera_at(self.scene, index)
-        if self._caster is None:
+        if not self._layers:
             raise ValueError("this renderer is closed: make a new one.")
+        if self._moving is not None:
+            self._move(self._moving, index)
         height, width = self.scene.height, self.scene.width
         # Parts of one size, a multiple of four for the cores, and the same for any number of threads.
         count = 4 * -(-height * width // (4 * CHUNK))
@@ -110,19 +123,40 @@ class RaycastRenderer:
 
     def _take_mesh(self, mesh: Any) -> None:
         """Build the trees and the tables that shading reads, one row a triangle."""
-        triangles = np.asarray(mesh.triangles)
-        vertices = np.asarray(mesh.vertices, np.float32)
         self._object_id = np.asarray(mesh.object_id).astype(np.uint16)
         self._material = np.asarray(mesh.material, np.int32)
+        self._corners, self._frame, twice_area = self._tables(mesh)
+        share = np.bincount(self._material, weights=twice_area, minlength=len(self.scene.materials))
+        mean = float(share @ self._textures.mean_albedo().mean(axis=1)) / max(float(share.sum()), 1e-20)
+        self._ambient = ambient_light(self.scene, mean)
+        moves = np.isin(self._object_id, moving_ids(self.scene))
+        self._moving = part_of(mesh, moves) if self.scene.motion else None
+        self._numbers = np.flatnonzero(moves)
+        if self._moving is None:
+            self._layers = [self._layer(mesh, None)]
+            return
+        self._layers = [self._layer(part_of(mesh, ~moves), np.flatnonzero(~moves))]
+        self._move(self._moving, 0)
+
+    def _move(self, moving: Any, index: int) -> None:
+        """Put the meshes of what moves where they are in view `index`: their tree and their rows of the tables."""
+        posed = pose_mesh(moving, object_poses(self.scene, index))
+        self._corners[self._numbers], self._frame[self._numbers], _ = self._tables(posed)
+        self._layers = [self._layers[0], self._layer(posed, self._numbers)]
+
+    def _tables(self, mesh: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of triangles: corners (T, 15), frame (T, 8), and twice the area (T,)."""
+        triangles = np.asarray(mesh.triangles)
+        vertices = np.asarray(mesh.vertices, np.float32)
+        material = np.asarray(mesh.material, np.int32)
         # (T, 15): normal and texture coordinates of three corners, so that a hit reads one stretch of memory.
         corners = np.concatenate([mesh.normals, mesh.uv], axis=1).astype(np.float32)
-        self._corners = corners[triangles]
+        rows = corners[triangles]
         scale = np.array([material.scale for material in self.scene.materials], np.float32)
-        self._corners[:, :, 3:] *= scale[self._material][:, None, None]
-        self._corners = self._corners.reshape(-1, 15)
+        rows[:, :, 3:] *= scale[material][:, None, None]
         at = vertices[triangles].transpose(1, 2, 0)  # (3 corners, 3, T)
         edge1, edge2 = at[1] - at[0], at[2] - at[0]
-        uv = self._corners.reshape(-1, 3, 5)[:, :, 3:].transpose(1, 2, 0)
+        uv = rows[:, :, 3:].transpose(1, 2, 0)
         (u1, v1), (u2, v2) = uv[1] - uv[0], uv[2] - uv[0]
         outward = cross(edge1, edge2)
         twice_area = np.maximum(np.sqrt(dot(outward, outward)), np.float32(1e-20))
@@ -130,17 +164,18 @@ class RaycastRenderer:
         side = np.sign(turn)
         # Direction in which u grows; v grows to its left or right depending on the sign of the turn.
         tangent = unit((edge1 * v2 - edge2 * v1) * side)
-        texels_wide = self._textures.sizes[self._material]
+        texels_wide = self._textures.sizes[material]
         density = np.sqrt(np.abs(turn) / twice_area) * texels_wide  # texels per metre
-        self._frame = np.concatenate([outward / twice_area, tangent, side[None], density[None]]).T.astype(np.float32)
-        self._frame = np.ascontiguousarray(self._frame)  # (T, 8): face normal, tangent, handedness, density
-        share = np.bincount(self._material, weights=twice_area, minlength=len(self.scene.materials))
-        mean = float(share @ self._textures.mean_albedo().mean(axis=1)) / max(float(share.sum()), 1e-20)
-        self._ambient = ambient_light(self.scene, mean)
+        # (T, 8): face normal, tangent, handedness, density
+        frame = np.concatenate([outward / twice_area, tangent, side[None], density[None]]).T.astype(np.float32)
+        return rows.reshape(-1, 15), np.ascontiguousarray(frame), twice_area
+
+    def _layer(self, mesh: Any, numbers: np.ndarray | None) -> _Layer:
+        triangles, vertices = np.asarray(mesh.triangles), np.asarray(mesh.vertices, np.float32)
         shells = {shape.object_id for shape in self.scene.shapes if shape.kind == "room"}
-        casts = ~np.isin(self._object_id, sorted(shells))
-        self._caster = self._tree(vertices, triangles)
-        self._shadows = self._caster if casts.all() else self._tree(vertices, triangles[casts])
+        casts = ~np.isin(np.asarray(mesh.object_id), sorted(shells))
+        caster = self._tree(vertices, triangles)
+        return _Layer(caster, caster if casts.all() else self._tree(vertices, triangles[casts]), numbers)
 
     def _tree(self, vertices: np.ndarray, triangles: np.ndarray) -> Any:
         core = self._o3d.core
@@ -165,8 +200,25 @@ class RaycastRenderer:
         return rays
 
     def _cast(self, rays: np.ndarray) -> dict[str, np.ndarray]:
-        answer = self._caster.cast_rays(self._o3d.core.Tensor(rays), nthreads=self._threads)
-        return {key: answer[key].numpy() for key in ("t_hit", "primitive_ids", "primitive_uvs")}
+        """Nearest hits: t_hit (n,), infinite without one, primitive_ids (n,) and primitive_uvs (n, 2)."""
+        best: dict[str, np.ndarray] = {}
+        for layer in self._layers:
+            answer = layer.caster.cast_rays(self._o3d.core.Tensor(rays), nthreads=self._threads)
+            hits = {key: answer[key].numpy() for key in ("t_hit", "primitive_ids", "primitive_uvs")}
+            if layer.numbers is not None:
+                hit = np.isfinite(hits["t_hit"])
+                ids = hits["primitive_ids"].astype(np.int64)
+                ids[hit] = layer.numbers[ids[hit]]
+                hits["primitive_ids"] = ids
+            nearer = hits["t_hit"] < best["t_hit"] if best else None
+            if nearer is None:
+                best = hits
+            else:
+                best = {
+                    key: np.where(nearer if old.ndim == 1 else nearer[:, None], hits[key], old)
+                    for key, old in best.items()
+                }
+        return best
 
     def _depth_and_ids(self, hits: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         hit = np.isfinite(hits["t_hit"])
@@ -209,8 +261,12 @@ class RaycastRenderer:
         far = float("inf") if lamp.kind == "sun" else 0.999
         for vectors in shadow_rays(lamp, start, dither, samples) if start.shape[1] else ():
             rays[:, 3:] = vectors.T
-            blocked = self._shadows.test_occlusions(self._o3d.core.Tensor(rays), tfar=far, nthreads=self._threads)
-            share -= blocked.numpy() * np.float32(1 / samples)
+            tensor = self._o3d.core.Tensor(rays)
+            blocked = [
+                layer.shadows.test_occlusions(tensor, tfar=far, nthreads=self._threads).numpy()
+                for layer in self._layers
+            ]
+            share -= np.logical_or.reduce(blocked) * np.float32(1 / samples)
         return share
 
     def _surface(

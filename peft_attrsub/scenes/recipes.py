@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .draws import Draw
 
-ATTRIBUTES = ("texture", "geometry", "camera", "lighting", "mixed")
+ATTRIBUTES = ("texture", "geometry", "camera", "lighting", "mixed", "motion")
 LAYOUTS = ("room", "object")
 TRAJECTORIES = ("spline", "micro", "orbit")
 
@@ -16,6 +16,7 @@ TRAJECTORIES = ("spline", "micro", "orbit")
 class AttributeRecipe:
     """One dataset: `attribute` goes to the extreme from scene to scene (the camera: from view to view), the others
     are drawn once per dataset and nearly fixed. "mixed": everything is drawn anew for every scene, mildly.
+    "motion": two to four things glide through the scene on paths of its own (`movers`); nothing moves elsewhere.
 
     seed: of the dataset, 0 to 2^32 - 1; two attributes under one seed are two datasets all the same.
     layout: "room" (walls, boxes on floor, walls and roof) or "object" (boxes in the middle of nothing).
@@ -37,8 +38,6 @@ class AttributeRecipe:
     triangles: int = 400_000
 
     def __post_init__(self) -> None:
-        if self.attribute == "motion":
-            raise ValueError("a scene of things that move has no description yet: give another attribute.")
         for name, known in (("attribute", ATTRIBUTES), ("layout", LAYOUTS), ("trajectory", TRAJECTORIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"the {name} {getattr(self, name)!r} is unknown: give one of {', '.join(known)}.")

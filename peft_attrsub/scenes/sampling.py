@@ -16,6 +16,7 @@ from . import lamps, layout, surfaces
 from .cameras import Space, broad, cameras, narrow, path, space_of
 from .description import Camera, Material, Scene, Shape
 from .draws import Array, Draw
+from .movers import movers
 from .recipes import AttributeRecipe
 
 __all__ = ["AttributeRecipe", "sample_scene"]
@@ -49,6 +50,10 @@ def sample_scene(recipe: AttributeRecipe, index: int, textures: list[str] | None
     space = space_of(recipe, room, shape.bump, np.concatenate([boxes, bulbs]))
     lit = _lamps(recipe, index, room, space.boxes)
     palette = _palette(recipe, index, textures)
+    views = _cameras(recipe, index, home, space)
+    moving = movers(recipe, index, views, space, MARGIN / 4.0 * recipe.extent) if recipe.varies("motion") else []
+    first = len(solids) + (1 if room is not None or recipe.floor else 0) + 1
+    solids = solids + [mover.solids for mover in moving]
     shapes, materials = _shapes(recipe, index, shape, room, solids, bulbs, palette, lit)
     return Scene(
         recipe=recipe.attribute,
@@ -59,10 +64,14 @@ def sample_scene(recipe: AttributeRecipe, index: int, textures: list[str] | None
         materials=materials,
         shapes=shapes,
         lights=lit.lights,
-        cameras=_cameras(recipe, index, home, space),
+        cameras=views,
         background=lit.background,
         size=None if room is None else _list(room),
-        boxes=[_list(box) for box in space.boxes],
+        boxes=[_list(box) for box in (*boxes, *(mover.box for mover in moving), *bulbs)],
+        motion=[
+            {str(number): mover.poses[view] for number, mover in enumerate(moving, start=first)}
+            for view in range(len(views) if moving else 0)
+        ],
     )
 
 

@@ -3,7 +3,8 @@
     images/00000.png    colour, sRGB (or .jpg)
     depth/00000.png     planar z, 16-bit millimetres, 0 where nothing is (or .npy, .exr: float32 metres)
     masks/00000.png     object ids, 16-bit, 0 where nothing is
-    transforms.json     cameras: nerfstudio's convention, and OpenCV extrinsics and intrinsics beside it
+    transforms.json     cameras: nerfstudio's convention, and OpenCV extrinsics and intrinsics beside it; where things
+                        move, their poses in every view
     scene.json          the description that was rendered
     manifest.json       size and SHA-256 of all of these; written last, so its presence means done
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from . import pixels
 from .description import Camera, Scene
+from .posed import moving_ids
 from .view import FLIP, View
 
 FORMAT = 1
@@ -111,9 +113,11 @@ def transforms(scene: Scene, form: SceneFormat) -> dict[str, Any]:
 
     nerfstudio's part: `transform_matrix`, camera to world with OpenGL axes (x right, y up, looking along -z),
     `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`, no distortion, and `depth_file_path` unless depth is EXR, which nerfstudio
-    cannot read. Ours: `extrinsic` (3, 4), `intrinsic` (3, 3), `depth_path`, `ids_path`. Ids are not given as
-    `mask_path`: there nerfstudio expects the pixels to train on.
+    cannot read. Ours: `extrinsic` (3, 4), `intrinsic` (3, 3), `depth_path`, `ids_path`, and where
+    things move `object_poses`: object id to the rigid transform (4, 4) of its mesh, as in scene.json. Ids are not
+    given as `mask_path`: there nerfstudio expects the pixels to train on.
     """
+    moving_ids(scene)  # a motion that is none must not be stored
     frames = []
     for index, camera in enumerate(scene.cameras):
         names = form.names(index)
@@ -127,6 +131,8 @@ def transforms(scene: Scene, form: SceneFormat) -> dict[str, Any]:
             "intrinsic": _rows(intrinsic(camera)),
             **lens,
         }
+        if scene.motion:
+            frame["object_poses"] = scene.motion[index]
         if form.depth != "exr":
             frame["depth_file_path"] = names["depth"]
         frames.append(frame)

@@ -74,6 +74,20 @@ def spline_path(eyes: Any, targets: Any, views: int = 100, gazes: int = 1) -> li
     return _rounded(poses)
 
 
+def glide_path(points: Any, turn: Any, views: int = 100) -> Array:
+    """Poses (views, 4, 4) of a thing on the spline of `spline_path` through `points`, turning steadily.
+
+    View i has the rotation exp(i / (views - 1) * turn), so the first is not turned. Shapes: points (K, 3), K >= 2;
+    turn (3,): a rotation vector, radians. Not rounded. Raises ValueError on other shapes.
+    """
+    points = _points(points, "control points of a spline")
+    share = np.arange(views) / max(views - 1, 1)
+    poses = np.zeros((views, 4, 4))
+    poses[:, :3, 3], poses[:, 3, 3] = _catmull_rom(points, *_knots(points, views)), 1.0
+    poses[:, :3, :3] = _exponential(share[:, None] * np.asarray(turn, dtype=np.float64).reshape(1, 3))
+    return poses
+
+
 def micro_path(
     start: Any, shifts: Any, turns: Any, views: int = 42, step: float = 0.01, degrees: float = 1.0
 ) -> list[Array]:

@@ -6,6 +6,7 @@ The package's own __init__ takes seconds and is left out, as the workers do it. 
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ if __name__ == "__main__":
     out, scenes, workers, *rest = sys.argv[1:]
     report = generate(
         out,
-        tiny.TinyRecipe(),
+        tiny.TinyRecipe(os.environ.get("TINY_ATTRIBUTE", "texture")),
         int(scenes),
         renderer=f"{tiny.HERE}:TinyRenderer",
         sampler=f"{tiny.HERE}:sample",

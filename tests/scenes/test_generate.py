@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from peft_attrsub.scenes import generate as module
-from peft_attrsub.scenes.check import check_dataset, check_scene
+from peft_attrsub.scenes.check import CONTRADICTIONS, check_dataset, check_scene, contradictions
 from peft_attrsub.scenes.dataset import Dataset
+from peft_attrsub.scenes.description import Scene
 from peft_attrsub.scenes.generate import Report, generate
 from peft_attrsub.scenes.storage import read_scene
 from tests.scenes import tiny
@@ -143,6 +144,33 @@ def test_kill_the_whole_run_again_and_again(tmp_path: Path, control: Path, undis
     assert make(folder).status == 0
     assert tree(folder) == undisturbed
     assert not list((folder / ".work").rglob("scene_*"))
+
+
+def test_a_dataset_in_which_things_move_survives_a_kill(tmp_path: Path, control: Path) -> None:
+    recipe = TinyRecipe("motion")
+    assert make(tmp_path / "whole" / "data", recipe=recipe).status == 0
+    folder = tmp_path / "data"
+    (control / "tried").unlink()
+    (control / "slow").write_text("0.2")
+    process = drive(folder, TINY_ATTRIBUTE="motion")
+    while len(lines(control / "tried")) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and whole(folder) < SCENES
+    (control / "slow").unlink()
+    assert make(folder, recipe=recipe).status == 0
+    assert tree(folder) == tree(tmp_path / "whole" / "data")
+    assert check_dataset(folder) == []
+    frames = json.loads((folder / "scene_00001" / "transforms.json").read_text())["frames"]
+    scene = Scene.from_json((folder / "scene_00001" / "scene.json").read_text())
+    assert [frame["object_poses"] for frame in frames] == scene.motion
+    assert scene.motion[1] != scene.motion[0]
+    # Only the leave that the check gives to what moves lets these views pass.
+    pairs = [read_scene(folder / f"scene_{index:05d}", [0, 1]) for index in range(SCENES)]
+    shares = [contradictions(one["depth"], one["extrinsic"], one["intrinsic"]) for one in pairs]
+    assert max(shares) > 2 * CONTRADICTIONS
 
 
 def children(parent: int) -> list[int]:

@@ -48,8 +48,14 @@ def sample(recipe: TinyRecipe, index: int, textures: list[str] | None = None) ->
     materials = [Material("checker", [rng.uniform(0, 1, 3).tolist(), [0.1, 0.1, 0.1]], maps=(textures or [None])[0])]
     shapes = [Shape("floor", np.diag([9.0, 9.0, 1.0, 1.0]).tolist(), [0], 1)]
     lights = [Light("sun", [1.0, 1.0, 1.0], 2.0, direction=[0.0, 0.0, -1.0])]
-    size = recipe.size
-    return Scene(recipe.attribute, recipe.seed, index, size, size, materials, shapes, lights, cameras)
+    size, motion = recipe.size, []
+    if recipe.attribute == "motion":  # the block slides along x
+        way = rng.uniform(0.4, 0.9)
+        for view in range(recipe.views):
+            pose = np.eye(4)
+            pose[0, 3] = way * view
+            motion.append({"2": pose.tolist()})
+    return Scene(recipe.attribute, recipe.seed, index, size, size, materials, shapes, lights, cameras, motion=motion)
 
 
 class TinyRenderer:
@@ -110,7 +116,8 @@ class TinyRenderer:
         floor = np.where(rays[..., 2] < 0, -eye[2] / rays[..., 2], np.inf)
         away = np.hypot(*np.moveaxis(eye[:2] + np.nan_to_num(floor, posinf=0)[..., None] * rays[..., :2], -1, 0))
         floor[away > self.reach] = np.inf
-        near, far = np.sort([(np.array(corner) - eye) / rays for corner in self.block], axis=0)
+        shift = np.array(self.scene.motion[index]["2"])[:3, 3] if self.scene.motion else np.zeros(3)
+        near, far = np.sort([(np.array(corner) + shift - eye) / rays for corner in self.block], axis=0)
         enter, leave = near.max(-1), far.min(-1)
         block = np.where((enter < leave) & (leave > 0), np.where(enter > 0, enter, leave), np.inf)
         depth = np.minimum(floor, block)
