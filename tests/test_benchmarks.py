@@ -31,6 +31,7 @@ FIELDS = {
         "scaling",
         "targets",
     },
+    "render": {"targets"},
     "report": {"cases", "targets"},
     "tuner": {"cases"},
     "vggt": {"cases", "model"},
