@@ -154,7 +154,7 @@ def _spectrum(basis: Basis, module: str, attribute: str, table: Sequence[Adapter
     record["weights"] = basis.weights(module, attribute)
     residuals = _record(basis, module, attribute, "residuals")
     record["residuals"] = [] if residuals is None else residuals
-    ranks = _record(basis, module, attribute, "ranks")
+    ranks = basis.ranks(module, attribute)
     if ranks is None or not values.any():
         return record
     rank = int(median(ranks.tolist()))

@@ -116,11 +116,8 @@ class Basis:
             raise BasisError(f"{part!r} is no record of a basis: use one of {', '.join(RECORDS)}.")
         block = self._block(module, attribute)
         if not self.has_record(module, attribute, part):
-            why = (
-                "was not mined from adapters"
-                if f"{block.name}.weights" not in block.store
-                else "was cut to fewer directions"
-            )
+            mined = f"{block.name}.weights" in block.store
+            why = "was cut to fewer directions" if mined else "was not mined from adapters"
             raise BasisError(f"attribute {attribute!r} {why}, so it has no {part} in module {module!r}.")
         return block.store.get(f"{block.name}.{part}")
 
@@ -325,7 +322,7 @@ class Basis:
         """Open a basis from a folder or a Hub id (`user/name`, `user/name@revision`), lazily.
 
         Args:
-            name: folder or Hub id. revision: branch, tag or commit on the Hub; goes before one in the name.
+            name: folder or Hub id. revision: branch, tag or commit on the Hub, here or in the name.
             cache_dir, token, local_files_only: as everywhere in huggingface_hub.
 
         Raises:

@@ -46,13 +46,7 @@ def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool =
 
 def write_file(target: str | os.PathLike[str], text: str) -> Path:
     """Write a text file beside `target` and rename it: a reader sees the old file or the whole new one."""
-    final = Path(target)
-    if final.is_dir():
-        raise BasisError(f"{str(final)!r} is a folder: give the name of a file to write.")
-    if not final.parent.is_dir():
-        raise BasisError(
-            f"the folder {str(final.parent)!r} does not exist: make it, or write {final.name!r} elsewhere."
-        )
+    final = check_file(target)
     try:
         handle, beside = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
     except OSError as error:

@@ -210,14 +210,14 @@ class RaycastRenderer:
                 ids = hits["primitive_ids"].astype(np.int64)
                 ids[hit] = layer.numbers[ids[hit]]
                 hits["primitive_ids"] = ids
-            nearer = hits["t_hit"] < best["t_hit"] if best else None
-            if nearer is None:
+            if not best:
                 best = hits
-            else:
-                best = {
-                    key: np.where(nearer if old.ndim == 1 else nearer[:, None], hits[key], old)
-                    for key, old in best.items()
-                }
+                continue
+            nearer = hits["t_hit"] < best["t_hit"]
+            best = {
+                key: np.where(nearer if old.ndim == 1 else nearer[:, None], hits[key], old)
+                for key, old in best.items()
+            }
         return best
 
     def _depth_and_ids(self, hits: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
