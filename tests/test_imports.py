@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {"basis"},
     "vggt": set(),
     "scenes": set(),
-    "datasets": {"vggt"},
+    "datasets": {"vggt", "scenes"},
     "evaluation": set(),
 }
 OUTSIDE = {"tests", "examples", "benchmarks"}  # the package never reaches into these
