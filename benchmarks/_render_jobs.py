@@ -102,6 +102,7 @@ def raycast(job: dict) -> dict:
 
 def memory(job: dict) -> dict:
     """Resident memory after each scene of a long run, in MiB."""
+    from peft_attrsub.scenes.memory import release
     from peft_attrsub.scenes.raycast import RaycastRenderer
     from peft_attrsub.scenes.storage import SceneWriter
 
@@ -113,6 +114,8 @@ def memory(job: dict) -> dict:
                 writer = SceneWriter(folder, scene)
                 for view in views:
                     writer.add(view, renderer.render(view))
+            del renderer, writer
+            release()
             after.append(round(_status_mib("VmRSS").get("VmRSS", 0.0), 1) if Path("/proc/self/status").exists() else 0)
     return {"rss_mib": after, "seconds": timer.wall}
 

@@ -31,14 +31,14 @@ RULES = {
     "cpu_seconds_per_view": "of all threads of a process, which other programs on the machine disturb less: the cores "
     "over it is what a machine of one's own could reach at most",
     "with_setup": "the same for whole scenes of 100 views: set-up included",
-    "processes": "the renderer's own choice of threads (all cores) in each, as in the workers that make datasets",
+    "processes": "one uses all cores; several share them, as the workers that make datasets do",
     "written": "files go to the folder for temporary files and are not flushed, as in a dataset",
     "cycles": "seconds per image, mean over the same views; a ratio is that of one round, its median is reported. "
     "bare: bpy.ops.render.render(write_still=False) on the Blender scene that CyclesRenderer made, with its settings "
     "(persistent data, depth and id passes), nothing read back. render: CyclesRenderer.render, from the aim of the "
     "camera to the arrays. render_and_write: SceneWriter.add as well",
     "memory": "resident memory of one process that makes scene after scene (sampled, rendered by ray casting and "
-    "written at low resolution, then closed), after scene 1, 10, 50 and so on. A worker is replaced after 50 scenes. "
+    "written at low resolution, then closed, and its free pages given back, as in a worker), after scene 1, 10, 50 and so on. A worker is replaced after 50 scenes. "
     "growth: median of the last ten scenes over that of scenes 6 to 15 (few scenes: last over first); scenes differ "
     "in size, so single values scatter",
     "blenderproc": "not measured. BlenderProc 2.8.0 can be installed from PyPI, but `blenderproc run`, its documented "
@@ -118,7 +118,9 @@ def ray_casting(bench: Bench) -> list[dict]:
     for number in range(bench.args.rounds):
         for place, case in enumerate(cases):
             share = {"size": case["size"], "views": case["views"], "supersample": bench.args.supersample}
-            runs = together([bench.job("raycast", scene=n, threads=0, **share) for n in range(case["processes"])])
+            count = case["processes"]
+            threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else 0
+            runs = together([bench.job("raycast", scene=n, threads=threads, **share) for n in range(count)])
             seconds = max(run["end"] for run in runs) - min(run["start"] for run in runs)
             rate = sum(run["views"] for run in runs) / seconds
             whole = 100 * case["processes"] / (100 * case["processes"] / rate + max(r["setup_seconds"] for r in runs))

@@ -11,14 +11,14 @@ import numpy as np
 
 from .description import Camera, Light, Material, Scene
 from .filtering import Maps
-from .view import FLIP, encode_srgb, lamp_axes
+from .view import FLIP, NoDeviceError, encode_srgb, lamp_axes
 
 # Millimetres; only its ratio to the focal length counts.
 SENSOR = 36.0
 
 
 def use_device(bpy: Any, target: Any, device: str) -> None:
-    """Render on the processor, or on every OptiX or CUDA device; a ValueError where there is none."""
+    """Render on the processor, or on every OptiX or CUDA device; a NoDeviceError where there is none."""
     if device == "cpu":
         target.cycles.device = "CPU"
         return
@@ -32,7 +32,7 @@ def use_device(bpy: Any, target: Any, device: str) -> None:
         found = []
     if not found:
         seen = sorted({one.type for one in preferences.devices}) or ["none"]
-        raise ValueError(
+        raise NoDeviceError(
             f'device="{device}" was asked for, but Cycles finds no such device (it finds: {", ".join(seen)}): check '
             'the driver with nvidia-smi, or use device="cpu".'
         )

@@ -23,7 +23,7 @@ from .deferring import deferred_signals, quiet_stdout
 from .description import Scene
 from .filtering import Maps
 from .posed import moving_ids, object_poses
-from .view import View, camera_at, encode_srgb, need
+from .view import View, camera_at, encode_srgb, mesh_and_maps, need, shell_ids
 
 DEVICES = ("cpu", "optix", "cuda")
 # Cycles writes 1e10 where a ray met nothing.
@@ -34,7 +34,7 @@ class CyclesRenderer:
     """Pictures of one scene by path tracing.
 
     samples: paths a pixel. denoise: with OpenImageDenoise; 4 samples denoised come close to 64 that are not, in a
-    tenth of the time. device: "cpu", "optix" or "cuda"; a ValueError where the machine has no such device (Blender
+    tenth of the time. device: "cpu", "optix" or "cuda"; a NoDeviceError where the machine has none (Blender
     itself would quietly use the processor). bounces: of light, diffuse and glossy. threads: 0 for all cores. mesh,
     maps, texture_size: as in `RaycastRenderer`. On "cpu" the same scene gives the same pixels in every process and
     with any number of threads. Raises ImportError without bpy or OpenEXR.
@@ -162,19 +162,12 @@ class CyclesRenderer:
 
     def _fill(self, mesh: Any, maps: Sequence[Maps] | None, texture_size: int) -> None:
         """Meshes (one object an id), materials, lamps, camera and background."""
-        if mesh is None:
-            from .meshes import build_mesh
-
-            mesh = build_mesh(self.scene)
-        if maps is None:
-            from .textures import render_maps
-
-            maps = [render_maps(material, texture_size) for material in self.scene.materials]
+        mesh, maps = mesh_and_maps(self.scene, mesh, maps, texture_size)
         bpy = self._bpy
         pairs = zip(self.scene.materials, maps, strict=True)
         materials = [add_material(bpy, number, one, its) for number, (one, its) in enumerate(pairs)]
         scales = np.array([material.scale for material in self.scene.materials], np.float32)
-        shells = {shape.object_id for shape in self.scene.shapes if shape.kind == "room"}
+        shells = shell_ids(self.scene)
         numbers = np.unique(mesh.object_id).tolist()
         things = {
             number: add_object(bpy, mesh, number, materials, scales, casts_shadow=number not in shells)

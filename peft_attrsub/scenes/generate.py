@@ -110,7 +110,7 @@ def generate(
     (`accelerate launch`, torchrun, Slurm's wrappers) this process makes the scenes with index % WORLD_SIZE == RANK.
 
     Raises ValueError for arguments that do not fit or a folder of another recipe, OSError for a full disk or a second
-    run in the same folder, ImportError for a missing package.
+    run in the same folder, ImportError for a missing package, both before a second scene is tried.
     """
     if not is_dataclass(recipe) or isinstance(recipe, type):
         raise ValueError(f"the recipe is {recipe!r}: give an AttributeRecipe.")
@@ -145,9 +145,13 @@ def run(
         progress = Progress(dataset.folder.name, len(mine), len(done), size, fields.get("views"))
         disk = Disk(dataset, reserve)
         disk.before(len(jobs), size / len(done) if done else None)
+        workers = default_workers(dataset.plan["renderer"]) if workers is None else workers
+        # Several workers share the cores; one alone leaves the choice to its renderer.
+        busy = min(workers, len(jobs))
+        threads = max(1, cores() // busy) if busy > 1 else None
         pool = Pool(
-            {"plan": dataset.plan, "tag": dataset.tag},
-            default_workers(dataset.plan["renderer"]) if workers is None else workers,
+            {"plan": dataset.plan, "tag": dataset.tag, "threads": threads},
+            workers,
             dataset.folder / "logs",
             f"rank{rank}-worker",
             recycle,
@@ -163,6 +167,8 @@ def run(
             for result in results:
                 if result.kind == "missing":
                     raise ImportError(f"no scene can be made: {result.error}")
+                if result.kind == "no device":
+                    raise ValueError(f"no scene can be made: {result.error}")
                 if result.kind == "disk":
                     full = OSError(errno.ENOSPC, f"the disk of {dataset.folder} is full: {AFTER_FULL}")
                 elif result.kind == "done":
@@ -196,11 +202,14 @@ def share() -> tuple[int, int]:
 
 
 def default_workers(renderer: str) -> int:
-    """One per core that this process may use and does not share with its neighbours; 1 for Cycles, which takes all."""
-    if renderer == RENDERERS["cycles"]:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
+    """One per core of `cores`; 1 for Cycles, which takes all."""
+    return 1 if renderer == RENDERERS["cycles"] else cores()
+
+
+def cores() -> int:
+    """How many cores this process may use, without its neighbours' share."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
 
 
 AFTER_FULL = "make room and run the same command again, it continues where it stopped."

@@ -37,7 +37,7 @@ class Job:
 @dataclass(frozen=True)
 class Result:
     """What became of a job. kind: "done", "error" (raised), "died" (the process ended), "disk" (full), "missing"
-    (a package, a class), "stopped" (by a signal)."""
+    (a package, a class), "no device" (a GPU that is not there), "stopped" (by a signal)."""
 
     index: int
     kind: str
@@ -58,7 +58,7 @@ class _Worker:
 class Pool:
     """`run(jobs)` yields one Result per job that ended, in any order.
 
-    setup: what a worker is told first ("plan", "tag"). workers: how many processes. logs: folder of
+    setup: what a worker is told first ("plan", "tag", "threads"). workers: how many processes. logs: folder of
     `<name>-<number>.log`. stopping: set from a signal handler, it ends the run after the views in work; a second time
     (`kill`) at once. draining: no further job is handed out, those in work end normally.
     """

@@ -20,7 +20,7 @@ from .description import Camera, Light, Scene
 from .filtering import Maps, TextureTable
 from .posed import moving_ids, object_poses, part_of, pose_mesh
 from .shading import Surface, ambient_light, cross, dot, lamp_light, reflect, shadow_rays, unit
-from .view import View, camera_at, encode_srgb, need
+from .view import View, camera_at, encode_srgb, mesh_and_maps, need, shell_ids
 
 # Most rays a thread traces and shades at once: they fit the processor's cache, and memory stays flat.
 CHUNK = 1 << 14
@@ -65,14 +65,7 @@ class RaycastRenderer:
         self._o3d = need("open3d", "the ray casting renderer")
         self.scene = scene
         self._supersample, self._shadow_samples, self._threads = supersample, shadow_samples, threads
-        if mesh is None:
-            from .meshes import build_mesh
-
-            mesh = build_mesh(scene)
-        if maps is None:
-            from .textures import render_maps
-
-            maps = [render_maps(material, texture_size) for material in scene.materials]
+        mesh, maps = mesh_and_maps(scene, mesh, maps, texture_size)
         self._layers: list[_Layer] = []
         self._textures = TextureTable(maps)
         self._take_mesh(mesh)
@@ -172,8 +165,7 @@ class RaycastRenderer:
 
     def _layer(self, mesh: Any, numbers: np.ndarray | None) -> _Layer:
         triangles, vertices = np.asarray(mesh.triangles), np.asarray(mesh.vertices, np.float32)
-        shells = {shape.object_id for shape in self.scene.shapes if shape.kind == "room"}
-        casts = ~np.isin(np.asarray(mesh.object_id), sorted(shells))
+        casts = ~np.isin(np.asarray(mesh.object_id), sorted(shell_ids(self.scene)))
         caster = self._tree(vertices, triangles)
         return _Layer(caster, caster if casts.all() else self._tree(vertices, triangles[casts]), numbers)
 

@@ -29,6 +29,10 @@ class View:
     ids: np.ndarray
 
 
+class NoDeviceError(ValueError):
+    """The machine lacks the device that was asked for: no scene can be rendered, and trying again is in vain."""
+
+
 class Renderer(Protocol):
     """A scene ready to be looked at: `render(index)` gives camera `index`'s view, `close` frees what it holds."""
 
@@ -76,6 +80,24 @@ def camera_at(scene: Scene, index: int) -> Camera:
     if min(scene.width, scene.height) < 1:
         raise ValueError(f"a view of {scene.width} x {scene.height} pixels was asked for: both must be 1 or more.")
     return scene.cameras[index]
+
+
+def mesh_and_maps(scene: Scene, mesh: Any, maps: Any, texture_size: int) -> tuple[Any, Any]:
+    """What a renderer was given, and `build_mesh(scene)` and `render_maps` of each material where it was not."""
+    if mesh is None:
+        from .meshes import build_mesh
+
+        mesh = build_mesh(scene)
+    if maps is None:
+        from .textures import render_maps
+
+        maps = [render_maps(material, texture_size) for material in scene.materials]
+    return mesh, maps
+
+
+def shell_ids(scene: Scene) -> set[int]:
+    """Object ids of the rooms, which cast no shadow, so that suns reach inside."""
+    return {shape.object_id for shape in scene.shapes if shape.kind == "room"}
 
 
 def need(module: str, feature: str) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.machinery
+import inspect
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import sys
 import time
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,16 @@ def load(name: str) -> Any:
 class SceneMaker:
     """Turns numbers of scenes into folders, by the plan of the dataset."""
 
-    def __init__(self, plan: dict[str, Any], tag: str, stop: Stop) -> None:
+    def __init__(self, plan: dict[str, Any], tag: str, stop: Stop, threads: int | None = None) -> None:
         self.storage = importlib.import_module("peft_attrsub.scenes.storage")
         self.plan, self.tag, self.stop = plan, tag, stop
         self.recipe = load(plan["recipe"]["class"])(**plan["recipe"]["fields"])
         self.sampler = load(plan["sampler"])
         self.renderer = load(plan["renderer"])
+        self.options = dict(plan["options"])
+        # Not in the plan: it changes how fast a picture comes, never the picture.
+        if threads is not None and "threads" in inspect.signature(self.renderer).parameters:
+            self.options.setdefault("threads", threads)
         self.form = self.storage.SceneFormat(jpeg=plan["jpeg"], depth=plan["depth"])
 
     def make(self, index: int, partial: Path, final: Path, redo: list[int] | None, replace: bool) -> int:
@@ -105,7 +111,7 @@ class SceneMaker:
     def _render(self, scene: Any, partial: Path, old: Path | None = None, redo: set[int] | None = None) -> Any:
         remove(partial)
         writer = self.storage.SceneWriter(partial, scene, self.form, self.tag)
-        with self.renderer(scene, **self.plan["options"]) as renderer:
+        with self.renderer(scene, **self.options) as renderer:
             for index in range(len(scene.cameras)):
                 if self.stop.asked:
                     raise StoppedError
@@ -136,6 +142,8 @@ def attempt(maker: SceneMaker, job: dict[str, Any]) -> dict[str, Any]:
             reply["kind"] = "disk"
         elif isinstance(error, ImportError):
             reply["kind"] = "missing"
+        elif type(error).__name__ == "NoDeviceError":  # of view.py, which this file does not import at its top
+            reply["kind"] = "no device"
         reply |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         print(reply["traceback"], file=sys.stderr, flush=True)
     remove(partial)
@@ -150,6 +158,7 @@ def main() -> None:
     die_with(setup["parent"])
     sys.path[:] = setup["path"]
     stand_in(setup["package"])
+    release: Callable[[], None] = load("peft_attrsub.scenes.memory:release")
     maker: SceneMaker | None = None
     for line in iter(sys.stdin.buffer.readline, b""):
         stop.idle = False
@@ -157,11 +166,12 @@ def main() -> None:
         start = time.monotonic()
         print(f"{time.strftime('%F %T')} scene {job['index']}", file=sys.stderr, flush=True)
         try:
-            maker = maker or SceneMaker(setup["plan"], setup["tag"], stop)
+            maker = maker or SceneMaker(setup["plan"], setup["tag"], stop, setup["threads"])
             reply = attempt(maker, job)
         except Exception as error:  # nothing of the plan can be made, whatever the scene
             reply = {"index": job["index"], "kind": "missing", "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
+        release()
         print(f"{reply['kind']} after {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
         replies.write(json.dumps(reply) + "\n")
         stop.idle = True

@@ -343,6 +343,43 @@ def test_a_missing_package_stops_the_run(tmp_path: Path, control: Path) -> None:
         make(tmp_path / "other", renderer=f"{tiny.HERE}:NoSuchRenderer")
 
 
+def test_a_missing_device_stops_the_run(tmp_path: Path, control: Path) -> None:
+    (control / "no-gpu").touch()
+    with pytest.raises(ValueError, match=r"no scene can be made: .*no such device: check the driver"):
+        make(tmp_path / "data")
+    assert len(lines(control / "tried")) <= 2
+    assert not (tmp_path / "data" / "failures.json").exists()
+    (control / "no-gpu").unlink()
+    assert make(tmp_path / "data").status == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "scenes", "options", "told"),
+    [
+        (8, 1, 2, {}, "0"),  # alone: the renderer's own choice, all cores
+        (8, 2, 2, {}, "4"),
+        (2, 4, 4, {}, "1"),
+        (8, 4, 1, {}, "0"),  # one scene is left: its worker has the machine
+        (8, 2, 2, {"threads": 3}, "3"),  # asked for
+    ],
+)
+def test_workers_share_the_cores(
+    tmp_path: Path,
+    control: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    workers: int,
+    scenes: int,
+    options: dict[str, int],
+    told: str,
+) -> None:
+    monkeypatch.setattr(module, "cores", lambda: cores)
+    folder = tmp_path / "data"
+    make(folder, scenes, workers, renderer=f"{tiny.HERE}:ThreadedRenderer", options=options)
+    assert lines(control / "threads") == [told] * scenes
+    assert json.loads((folder / "dataset.json").read_text())["plan"]["options"] == options  # no trace of the machine
+
+
 def test_another_recipe_is_kept_out_of_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     make(folder, scenes=2)

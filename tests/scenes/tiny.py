@@ -1,8 +1,8 @@
 """A sampler and a renderer small enough to be killed hundreds of times: a chequered floor with a block on it.
 
 Files in the folder that TINY_CONTROL names make things go wrong: "fail-3" makes scene 3 raise, "fail-3-once" only
-the first time, "kill-3" kills the worker, "full-3" fills its disk, "missing" loses a package, "slow" makes each
-view take as many seconds as it says.
+the first time, "kill-3" kills the worker, "full-3" fills its disk, "missing" loses a package, "no-gpu" the graphics
+card, "slow" makes each view take as many seconds as it says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from peft_attrsub.scenes.description import Camera, Light, Material, Scene, Shape
-from peft_attrsub.scenes.view import View
+from peft_attrsub.scenes.view import NoDeviceError, View
 
 HERE = "tests.scenes.tiny"
 BLOCK = ((-0.5, -0.4, 0.0), (0.5, 0.6, 0.8))  # lower and upper corner; its object id is 2, the floor's 1
@@ -73,6 +73,9 @@ class TinyRenderer:
                 file.write(f"{scene.index} {os.getpid()}\n")
         if self.asked("missing"):
             raise ImportError('this needs embree: pip install "peft-attrsub[scenes]"')
+
+        if self.asked("no-gpu"):
+            raise NoDeviceError("no such device: check the driver")
 
     def __enter__(self) -> TinyRenderer:
         return self
@@ -129,6 +132,16 @@ class TinyRenderer:
         rgb = np.where(hit[..., None], albedo * 255 * self.bright, 10).astype(np.uint8)
         ids = np.where(hit, np.where(block < floor, 2, 1), 0).astype(np.uint16)
         return View(rgb, depth.astype(np.float32), ids)
+
+
+class ThreadedRenderer(TinyRenderer):
+    """Writes down how many threads each scene was given."""
+
+    def __init__(self, scene: Scene, bright: float = 1.0, threads: int = 0) -> None:
+        super().__init__(scene, bright)
+        if self.control:
+            with (self.control / "threads").open("a") as file:
+                file.write(f"{threads}\n")
 
 
 class HallRenderer(TinyRenderer):
