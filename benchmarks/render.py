@@ -37,8 +37,9 @@ RULES = {
     "bare: bpy.ops.render.render(write_still=False) on the Blender scene that CyclesRenderer made, with its settings "
     "(persistent data, depth and id passes), nothing read back. render: CyclesRenderer.render, from the aim of the "
     "camera to the arrays. render_and_write: SceneWriter.add as well",
-    "memory": "resident memory of one process that makes scene after scene (sampled, rendered by ray casting and "
-    "written at low resolution, then closed, and its free pages given back, as in a worker), after scene 1, 10, 50 and so on. A worker is replaced after 50 scenes. "
+    "memory": "resident memory of one process that makes scene after scene (sampled, rendered by ray casting, written "
+    "at low resolution, closed, its free pages given back, with one arena, as in a worker), after scenes 1, 10, 50 and "
+    "so on. A worker is replaced after 50 scenes. "
     "growth: median of the last ten scenes over that of scenes 6 to 15 (few scenes: last over first); scenes differ "
     "in size, so single values scatter",
     "blenderproc": "not measured. BlenderProc 2.8.0 can be installed from PyPI, but `blenderproc run`, its documented "
@@ -68,8 +69,8 @@ def child(job: dict, python: str | None = None):
 
 
 def clean() -> dict[str, str]:
-    """The environment without PYTHONPATH, which may lead to another interpreter's packages."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    """The environment of a worker, without PYTHONPATH, which may lead to another interpreter's packages."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"MALLOC_ARENA_MAX": "1"}
 
 
 def finished(job: dict, process: subprocess.Popen, result: Path, log: Path) -> dict:

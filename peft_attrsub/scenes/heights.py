@@ -49,7 +49,7 @@ def height_fields(seed: int, count: int, rows: int, cols: int, closed: bool = Fa
     return spread
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=32)
 def spline_weights(segments: int, controls: int, closed: bool) -> Field:
     """Cubic B-spline weights at t = 0, 1 / segments, ..., 1: (segments + 1, controls), each row sums to 1.
 

@@ -158,7 +158,7 @@ def _cross(a: list[float], b: list[float]) -> list[float]:
     return [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # a scene has one resolution per kind; more would only pile up over a long run
 def _sheets(kind: str, resolution: int) -> tuple[_Sheet, ...]:
     if kind == "ellipsoid":
         return (_ellipsoid(resolution),)

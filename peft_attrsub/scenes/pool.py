@@ -125,6 +125,8 @@ class Pool:
 
     def _start(self, number: int) -> _Worker:
         environment = dict(os.environ)
+        # One arena: arrays that several threads allocate otherwise leave holes, and memory creeps up scene by scene.
+        environment.setdefault("MALLOC_ARENA_MAX", "1")
         if self.workers > 1:
             environment.setdefault("OMP_NUM_THREADS", "1")  # processes instead of threads, not both
         # -P: the folder of the script stays off the path, where its modules would hide those of other packages.

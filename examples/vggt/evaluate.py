@@ -1,0 +1,236 @@
+"""The paper's columns for any VGGT adapter: a benchmark on disk to numbers, per sequence and in total.
+
+    python examples/vggt/evaluate.py --benchmark human --data THuman --out runs/base
+    accelerate launch examples/vggt/evaluate.py --benchmark human --data THuman --adapter my-adapter --out runs/mine
+    python examples/vggt/evaluate.py --table runs/base runs/mine            # one Markdown table of several runs
+
+In OUT: sequences.csv, summary.json (means, settings, versions), table.md, and pictures/ of the first sequences: PNG of
+prediction beside truth and error, PLY of both clouds. Whatever stops a run, the same command continues it; several
+processes share the sequences.
+
+Exit status: 0 all is measured; 1 sequences could not be read (they are named); 2 wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = ("face", "face-real", "human", "clearpose", "scenes")
+
+
+def parser() -> argparse.ArgumentParser:
+    first, _, rest = (__doc__ or "").partition("\n")
+    out = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    what = out.add_argument_group("what is measured")
+    what.add_argument("--benchmark", choices=BENCHMARKS)
+    what.add_argument("--data", type=Path, metavar="ROOT", help="folder of the benchmark, as it is published")
+    what.add_argument("--sequences", type=Path, metavar="JSON", help="{sequence: [frames]}: these alone, these frames")
+    what.add_argument("--split", help="clearpose: test (default), train, all; human: all (default), train, test")
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N sequences")
+    model = out.add_argument_group("the model")
+    model.add_argument("--model", default="facebook/VGGT-1B", help="folder or Hub id (default: facebook/VGGT-1B)")
+    model.add_argument("--adapter", help="folder or Hub id of a PEFT adapter; without one, the model as it is")
+    model.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
+    model.add_argument("--random-weights", type=int, metavar="SEED", help="untrained; --model is then a preset")
+    model.add_argument("--image-size", type=int, default=518, help="width in pixels that VGGT sees (default: 518)")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    how = out.add_argument_group("the protocol (defaults: the release's)")
+    how.add_argument("--align", choices=("sim3+icp", "sim3", "scale", "median", "none"), help="of point maps")
+    how.add_argument("--icp-threshold", type=float, help="in the truth's unit (default: 0.1)")
+    how.add_argument("--depth-align", choices=("release", "video", "moge", "median", "none"), help="face-real")
+    how.add_argument("--depth-solver", choices=("irls", "adam"), default="irls", help="irls: exact (default)")
+    how.add_argument("--depth-scope", choices=("frame", "sequence"), help="one fit per frame or per sequence")
+    how.add_argument("--max-queries", type=int, default=500_000, help="points that look for a neighbour")
+    how.add_argument("--exact", action="store_true", help="all points do")
+    how.add_argument("--seed", type=int, default=0)
+    where = out.add_argument_group("what is written")
+    where.add_argument("--out", type=Path, metavar="DIR")
+    where.add_argument("--label", help="name of the run in tables (default: the adapter's or the model's)")
+    where.add_argument("--trainable-parameters", type=int, help="for a model that was tuned in full or merged")
+    where.add_argument("--pictures", type=int, default=3, metavar="N", help="of the first N sequences (default: 3)")
+    where.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="join runs into a table, and no more")
+    return out
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for arguments that do not fit."""
+    for name in ("benchmark", "data", "out"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name} is missing: see --help.")
+    if args.merge and not args.adapter:
+        raise ValueError("--merge folds an adapter into the weights: give --adapter as well.")
+    if args.image_size < 14 or args.image_size % 14:
+        raise ValueError(f"--image-size {args.image_size} is not a multiple of 14, the side of VGGT's patches.")
+    if args.split is not None and args.benchmark not in ("human", "clearpose"):
+        raise ValueError(f"--split is for human and clearpose: {args.benchmark} has no splits.")
+    for name in ("limit", "max_queries"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more.")
+
+
+def join(runs: Sequence[Path]) -> str:
+    """One Markdown table of finished runs of one benchmark."""
+    from peft_attrsub.evaluation.markdown import markdown_table
+    from peft_attrsub.evaluation.tables import read_summary
+
+    summaries = [read_summary(run) for run in runs]
+    names = {summary["settings"].get("benchmark") for summary in summaries}
+    if len(names) > 1:
+        raise ValueError(f"the runs are of several benchmarks ({', '.join(sorted(map(str, names)))}): one table each.")
+    return markdown_table(summaries, columns(summaries))
+
+
+def columns(summaries: Sequence[dict[str, Any]]) -> list[Any]:
+    """The benchmark's columns, and those of its parts that any of the runs has measured."""
+    from peft_attrsub.datasets import protocol
+    from peft_attrsub.evaluation.markdown import depth_columns, point_columns, relief_columns
+
+    rules = protocol(summaries[0]["settings"]["benchmark"])
+    chosen = list(depth_columns() if rules.metrics == "depth" else point_columns(rules.scale))
+    if rules.name == "clearpose":
+        chosen += point_columns(rules.scale, "transparent_")
+    if rules.name.startswith("face"):
+        chosen += relief_columns()
+    return [column for column in chosen if any(column.key in summary["metrics"] for summary in summaries)]
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import _model
+    import torch
+    from _measure import How
+    from accelerate import PartialState
+
+    from peft_attrsub.datasets import open_benchmark, protocol
+    from peft_attrsub.evaluation.tables import start_run
+
+    check(args)
+    rules = protocol(args.benchmark)
+    options = {key: getattr(args, key) for key in ("sequences", "split") if getattr(args, key) is not None}
+    dataset = open_benchmark(args.benchmark, args.data, **options)
+    names = dataset.names[: args.limit]
+    state = PartialState()
+    device = state.device
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    how = How(
+        metrics=rules.metrics,
+        align=args.align or rules.align or rules.depth_align or "none",
+        icp_threshold=args.icp_threshold or rules.icp_threshold or 0.1,
+        depth_align=args.depth_align or rules.depth_align or "release",
+        depth_solver=args.depth_solver,
+        depth_scope=args.depth_scope,
+        max_queries=args.max_queries,
+        exact=args.exact,
+        image_size=args.image_size,
+        dtype=dtype,
+        seed=args.seed,
+        workers=-1 if state.num_processes == 1 else 1,
+    )
+    loaded = _model.load_model(
+        args.model, args.adapter, merge=args.merge, random_weights=args.random_weights, device=device
+    )
+    with state.main_process_first():
+        done = start_run(args.out, settings(args, how, loaded.digest, rules.metrics))
+    unreadable = work(args, how, loaded, dataset, names, done, state)
+    summary = close(args, names, loaded, rules, _model.provenance(device))
+    if summary["n_missing"] == 0:
+        text = join([args.out])
+        (args.out / "table.md").write_text(text, encoding="utf-8")
+        print(text, end="")
+        for name, reason in summary["skipped"].items():
+            print(f"skipped: {name}: {reason}")
+    return 1 if unreadable else 0
+
+
+def settings(args: argparse.Namespace, how: Any, digest: str, metrics: str) -> dict[str, Any]:
+    """What a run may only be continued with: all that decides its numbers."""
+    chosen = asdict(how) | {"benchmark": args.benchmark, "model": args.model, "adapter_digest": digest}
+    chosen |= {"random_weights": args.random_weights, "merge": args.merge}
+    chosen["split"] = args.split
+    chosen["sequences"] = None if args.sequences is None else args.sequences.name
+    if metrics == "depth":
+        chosen["align"] = chosen["depth_align"]
+        unused = ["depth_align", "icp_threshold", "max_queries", "exact"]
+    else:
+        unused = ["depth_align", "depth_solver", "depth_scope"]
+    return {key: value for key, value in chosen.items() if key not in ("workers", *unused)}
+
+
+def work(
+    args: argparse.Namespace, how: Any, loaded: Any, dataset: Any, names: Sequence[str], done: set[str], state: Any
+) -> int:
+    """Measure this process's share of what is not done; the number of sequences that could not be read."""
+    from _measure import measure, run_model
+    from tqdm import tqdm
+
+    from peft_attrsub.evaluation.skipping import SkippedError
+    from peft_attrsub.evaluation.tables import ok_row, skipped_row, write_row
+
+    left = [(number, name) for number, name in enumerate(names) if name not in done]
+    mine = left[state.process_index :: state.num_processes]
+    unreadable = 0
+    # One bar, of the first process: the others' shares are as long.
+    for number, name in tqdm(mine, desc=args.benchmark, unit="sequence", disable=not state.is_main_process):
+        pictures = args.out / "pictures" if number < args.pictures else None
+        try:
+            sample = dataset.read(name)
+        except (OSError, ValueError) as error:
+            # Not stored: a run continues with it once the file is mended.
+            print(f"{name} cannot be read: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
+        try:
+            row = ok_row(name, measure(sample, run_model(loaded.model, sample, how), how, pictures))
+        except SkippedError as error:
+            row = skipped_row(name, error.reason)
+        write_row(args.out, row)
+    return unreadable
+
+
+def close(
+    args: argparse.Namespace, names: Sequence[str], loaded: Any, rules: Any, provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """CSV and summary of what is there; whichever process comes last writes the whole."""
+    from peft_attrsub.evaluation.tables import finish_run, read_rows
+
+    # As in the release, real faces are weighted by their pixels.
+    weights = {"abs_rel": "depth_pixels", "delta": "depth_pixels"} if rules.metrics == "depth" else None
+    trained = loaded.trainable if args.trainable_parameters is None else args.trainable_parameters
+    facts = {
+        "label": args.label or Path(args.adapter or args.model).name,
+        "trainable_parameters": trained,
+        "unit": rules.unit,
+        "frames": rules.frames,
+        "data": args.data.name,
+        "adapter": args.adapter,
+        "provenance": provenance,
+    }
+    while True:
+        summary = finish_run(args.out, names, weights, **facts)
+        if len(set(read_rows(args.out)) & set(names)) == summary["n_evaluated"] + summary["n_skipped"]:
+            return summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    try:
+        if args.table:
+            print(join(args.table), end="")
+            return 0
+        return evaluate(args)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
