@@ -38,8 +38,8 @@ RULES = {
     "(persistent data, depth and id passes), nothing read back. render: CyclesRenderer.render, from the aim of the "
     "camera to the arrays. render_and_write: SceneWriter.add as well",
     "memory": "resident memory of one process that makes scene after scene (sampled, rendered by ray casting, written "
-    "at low resolution, closed, its free pages given back, with one arena, as in a worker), after scenes 1, 10, 50 and "
-    "so on. A worker is replaced after 50 scenes. "
+    "at low resolution, closed, its free pages given back, with one arena, as in a worker), after scenes 1, 10, 50 "
+    "and so on. A worker is replaced after 50 scenes. "
     "growth: median of the last ten scenes over that of scenes 6 to 15 (few scenes: last over first); scenes differ "
     "in size, so single values scatter",
     "blenderproc": "not measured. BlenderProc 2.8.0 can be installed from PyPI, but `blenderproc run`, its documented "

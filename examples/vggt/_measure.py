@@ -12,12 +12,17 @@ import torch
 
 from peft_attrsub.datasets import Sample
 from peft_attrsub.datasets.resizing import resize_images
-from peft_attrsub.evaluation.depth import depth_metrics
-from peft_attrsub.evaluation.pictures import error_colors, error_figure, save_points
-from peft_attrsub.evaluation.planes import sequence_relief
-from peft_attrsub.evaluation.points import PointMetrics, point_metrics
-from peft_attrsub.evaluation.resizing import resize_prediction
-from peft_attrsub.evaluation.skipping import SkippedError
+from peft_attrsub.evaluation import (
+    PointMetrics,
+    SkippedError,
+    depth_metrics,
+    error_colors,
+    error_figure,
+    point_metrics,
+    resize_prediction,
+    save_points,
+    sequence_relief,
+)
 from peft_attrsub.vggt import VggtModel, decode_pose, relative_to_first, unproject
 from peft_attrsub.vggt.prediction import predict
 
@@ -27,6 +32,7 @@ class How:
     """Everything but the model that decides the numbers; goes into the settings of a run."""
 
     metrics: str  # "points" or "depth"
+    transparent: bool  # whether labels 1 to 63 are glass, to be measured apart
     align: str
     icp_threshold: float
     depth_align: str
@@ -99,7 +105,7 @@ def _points(sample: Sample, prediction: Prediction, how: How, pictures: Path | N
     row["scale"] = metrics.similarity.scale
     if metrics.icp_fitness is not None:
         row |= {"icp_fitness": metrics.icp_fitness, "icp_rmse": metrics.icp_rmse}
-    if sample.labels is not None:
+    if how.transparent and sample.labels is not None:
         row |= _transparent(sample, metrics.aligned(found), truth, how)
     row |= _relief(sample, prediction)
     if pictures is not None:
@@ -148,7 +154,10 @@ def _depth(sample: Sample, prediction: Prediction, how: How, pictures: Path | No
     if pictures is not None:
         d, z = metrics.compared(prediction.depth, depths)
         error_figure(sample.images, d, z, mask & np.isfinite(d) & np.isfinite(z), _file(pictures, sample, ".png"))
-    return metrics.row() | _relief(sample, prediction)
+    # Alignments with a shift let a constant depth fit anything; one scale for all frames does not.
+    scaled = depth_metrics(prediction.depth, depths, mask, align="median").row()
+    more = {"scale_" + key: scaled[key] for key in ("abs_rel", "delta")}
+    return metrics.row() | more | _relief(sample, prediction)
 
 
 def _relief(sample: Sample, prediction: Prediction) -> dict[str, float]:

@@ -94,6 +94,8 @@ def columns(summaries: Sequence[dict[str, Any]]) -> list[Any]:
 
     rules = protocol(summaries[0]["settings"]["benchmark"])
     chosen = list(depth_columns() if rules.metrics == "depth" else point_columns(rules.scale))
+    if rules.metrics == "depth":
+        chosen += depth_columns("scale_")
     if rules.name == "clearpose":
         chosen += point_columns(rules.scale, "transparent_")
     if rules.name.startswith("face"):
@@ -122,6 +124,7 @@ def evaluate(args: argparse.Namespace) -> int:
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     how = How(
         metrics=rules.metrics,
+        transparent=rules.name == "clearpose",
         align=args.align or rules.align or rules.depth_align or "none",
         icp_threshold=args.icp_threshold or rules.icp_threshold or 0.1,
         depth_align=args.depth_align or rules.depth_align or "release",
@@ -161,7 +164,7 @@ def settings(args: argparse.Namespace, how: Any, digest: str, metrics: str) -> d
         unused = ["depth_align", "icp_threshold", "max_queries", "exact"]
     else:
         unused = ["depth_align", "depth_solver", "depth_scope"]
-    return {key: value for key, value in chosen.items() if key not in ("workers", *unused)}
+    return {key: value for key, value in chosen.items() if key not in ("workers", "transparent", *unused)}
 
 
 def work(

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     standin.add_argument("--train", type=int, default=0, help="scenes to train on, up to 32 (default: 0)")
     standin.add_argument("--views", type=int, default=12, help="views per scene (default: 12, which are tested)")
     standin.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("W", "H"), help="pixels")
-    standin.add_argument("--supersample", type=int, default=2, help="rays per pixel and axis (default: 2)")
+    standin.add_argument("--supersample", type=int, default=1, help="rays per pixel and axis (default: 1)")
     standin.add_argument("--seed", type=int, default=0, help="other scenes (default: 0)")
     return out
 

@@ -34,7 +34,8 @@ class MultiViewDataset(torch.utils.data.Dataset[Sample], ABC):
     """Sequences of views: `dataset[0]`, `dataset.read("name", frames)`, `len(dataset)`, `dataset.names`.
 
     A reader says what sequences there are (`_find`), what frames one has (`frames`) and reads them (`_read`).
-    sequences: a map from name to frame ids, or the JSON file of one: only these sequences, with these frames.
+    sequences: a map from name to frame ids, or the JSON file of one: only these sequences, with these frames; in a
+    map, an empty list of frames chooses the sequence and leaves its frames as they are.
     """
 
     def __init__(

@@ -46,9 +46,13 @@ def point_columns(unit: float, prefix: str = "") -> tuple[Column, ...]:
     )
 
 
-def depth_columns() -> tuple[Column, ...]:
-    """AbsRel and delta 1.25, in percent."""
-    return Column("abs_rel", "AbsRel (%)", 0.01), Column("delta", "δ1.25 (%)", 0.01, "high", 2)
+def depth_columns(prefix: str = "") -> tuple[Column, ...]:
+    """AbsRel and delta 1.25, in percent. prefix: of keys for another alignment, "scale_" for example."""
+    other = f" {prefix.rstrip('_')}" if prefix else ""
+    return (
+        Column(f"{prefix}abs_rel", f"AbsRel{other} (%)", 0.01),
+        Column(f"{prefix}delta", f"δ1.25{other} (%)", 0.01, "high", 2),
+    )
 
 
 def relief_columns() -> tuple[Column, ...]:
