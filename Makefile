@@ -31,6 +31,7 @@ lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
 bench: .venv/.stamp-dev  ## speed and memory of mining, tuning, reports and VGGT; tables, and JSON in benchmarks/results
 	$(BIN)/python benchmarks/build_basis.py
 	$(BIN)/python benchmarks/tuner.py
+	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/render.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/vggt.py
