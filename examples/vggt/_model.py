@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+import peft_attrsub  # also registers the method with PEFT
 from peft_attrsub.vggt import VggtConfig, VggtModel
 
-PACKAGES = ("torch", "peft", "transformers", "accelerate", "numpy", "scipy", "peft_attrsub")
+PACKAGES = ("torch", "peft", "transformers", "accelerate", "numpy", "scipy")
 
 
 @dataclass
@@ -50,8 +51,6 @@ def load_model(
         return Loaded(model.to(device).eval(), 0, "")
     from peft import PeftModel, get_peft_model_state_dict
 
-    import peft_attrsub  # noqa: F401  (registers the method with PEFT)
-
     tuned = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainable = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     digest = state_digest(get_peft_model_state_dict(tuned))
@@ -73,9 +72,10 @@ def state_digest(state: dict[str, torch.Tensor]) -> str:
 def provenance(device: torch.device | str) -> dict[str, Any]:
     """Revision of the code, versions and machine, for the summary of a run."""
     found: dict[str, Any] = {"revision": git_revision(), "python": platform.python_version()}
+    found["peft_attrsub"] = peft_attrsub.__version__
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package.replace("_", "-"))
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     device = torch.device(device)
