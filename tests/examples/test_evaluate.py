@@ -17,7 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 import peft_attrsub
 from peft_attrsub import AttrSubspaceConfig
@@ -152,15 +152,19 @@ def test_adapters_change_the_numbers_and_merging_them_does_not(
     targets = vggt_targets("aggregator", VggtConfig.preset("vggt-mini"))
     subspace = AttrSubspaceConfig(basis="random", dim=4, target_modules=targets)
     cores = adapter(model, tmp_path / "cores", subspace)
+    ada = AdaLoraConfig(target_modules=targets, init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1)
+    others = {"adalora": ada, "pissa": LoraConfig(r=2, target_modules=targets, init_lora_weights="pissa")}
     runs = {"base": [], "lora": ["--adapter", str(lora)], "cores": ["--adapter", str(cores)]}
+    for name, config in others.items():
+        runs[name] = ["--adapter", str(adapter(model, tmp_path / f"adapter-{name}", config))]
     runs["merged"] = [*runs["lora"], "--merge", "--label", "LoRA, merged"]
     for name, more in runs.items():
         assert script.main(arguments(people, model, tmp_path / name, "--limit", "1", *more)) == 0
     found = {name: summary(tmp_path / name) for name in runs}
     scores = {name: one["metrics"]["comp"] for name, one in found.items()}
-    assert len({round(scores[name], 9) for name in ("base", "lora", "cores")}) == 3
+    assert len({round(scores[name], 9) for name in ("base", "lora", "cores", *others)}) == 5
     assert scores["merged"] == pytest.approx(scores["lora"], rel=1e-3)
-    # 16 blocks' worth of linears: 8 blocks x 4 linears, rank 2 or a core of 4 x 4.
+    # Four frame and four global blocks of four linears each, with rank 2 or a core of 4 x 4.
     width, blocks = 128, 8
     sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
     assert found["lora"]["trainable_parameters"] == blocks * sum(2 * (n + m) for n, m in sizes)
@@ -171,10 +175,12 @@ def test_adapters_change_the_numbers_and_merging_them_does_not(
     capsys.readouterr()
     assert script.main(["--table", *(str(tmp_path / name) for name in runs)]) == 0
     table = capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:6]] == [
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:8]] == [
         "vggt-mini",
         "lora",
         "cores",
+        "adapter-adalora",
+        "adapter-pissa",
         "LoRA, merged",
     ]
 
