@@ -15,6 +15,7 @@ or a full disk; 130, 143 stopped by Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -76,7 +77,9 @@ def look_after(args: argparse.Namespace) -> int:
 
     status = 0
     for folder, _, _ in datasets(args):
-        problems = repair_dataset(folder, args.workers) if args.repair else check_dataset(folder)
+        problems = (
+            repair_dataset(folder, args.workers, texture_root=args.textures) if args.repair else check_dataset(folder)
+        )
         for problem in problems:
             print(f"{folder.name}: {problem}")
         print(f"{folder.name}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", flush=True)
@@ -92,7 +95,9 @@ def make(args: argparse.Namespace) -> int:
     if args.textures is not None:
         from peft_attrsub.scenes.textures import find_maps
 
-        textures, unreadable = find_maps(args.textures)
+        found, unreadable = find_maps(args.textures)
+        # By their names in that folder: a dataset is the same wherever the textures lie.
+        textures = [os.path.relpath(folder, args.textures) for folder in found]
         for name in unreadable:
             print(f"{name} cannot be read: left out", file=sys.stderr)
     status = 0
@@ -112,6 +117,7 @@ def make(args: argparse.Namespace) -> int:
             renderer=args.renderer,
             options=renderer_options(args),
             textures=textures,
+            texture_root=args.textures,
             jpeg=args.jpeg,
             depth=args.depth,
             workers=args.workers,

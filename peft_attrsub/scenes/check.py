@@ -150,6 +150,8 @@ def _check_geometry(dataset: Dataset, index: int, views: int, pairs: int) -> lis
     except ValueError as error:
         return [Problem(index, str(error), [])]
     stride = max(1, min(scene.width, scene.height) // 128)
+    # Silhouettes are a larger part of a small picture.
+    limit = CONTRADICTIONS * max(1.0, 128 / min(scene.width, scene.height))
     found, neighbours = [], views - 1
     for place in range(min(pairs, neighbours)):
         first = place * neighbours // min(pairs, neighbours)
@@ -157,7 +159,7 @@ def _check_geometry(dataset: Dataset, index: int, views: int, pairs: int) -> lis
             arrays = read_scene(folder, order)
             mask = ~np.isin(arrays["ids"][0], moving) if moving else None
             share = contradictions(arrays["depth"], arrays["extrinsic"], arrays["intrinsic"], mask, stride)
-            if share > CONTRADICTIONS:
+            if share > limit:
                 text = f"views {order[0]} and {order[1]} contradict each other in {share:.1%} of the points."
                 found.append(Problem(index, f"{text} Depth and cameras do not fit."))
     return found
@@ -190,12 +192,17 @@ def check_dataset(folder: str | Path, pairs: int = 3, workers: int | None = None
 
 
 def repair_dataset(
-    folder: str | Path, workers: int | None = None, pairs: int = 3, reserve: int = RESERVE
+    folder: str | Path,
+    workers: int | None = None,
+    pairs: int = 3,
+    reserve: int = RESERVE,
+    texture_root: str | Path | None = None,
 ) -> list[Problem]:
     """Check a dataset, render again only what is broken or missing, and return what is wrong after that.
 
     Single views are rendered again where the rest of their scene is intact and they come out with the bytes that the
-    manifest has; else the whole scene is. `workers`, `reserve` and the errors: see `generate.generate`.
+    manifest has; else the whole scene is. `workers`, `reserve`, `texture_root`, and the errors: see
+    `generate.generate`.
     """
     redo: dict[int, list[int] | None] = {}
     problems = check_dataset(folder, pairs)
@@ -206,5 +213,5 @@ def repair_dataset(
             redo[problem.scene] = both
     if not problems:
         return []
-    run(Dataset.open(folder), redo, workers, reserve=reserve)
+    run(Dataset.open(folder), redo, workers, reserve=reserve, texture_root=texture_root)
     return check_dataset(folder, pairs)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .dataset import SHEET, Dataset, make_plan, scene_name
+from .maps import TEXTURES
 from .pool import Job, Pool
 
 SAMPLER = "peft_attrsub.scenes.sampling:sample_scene"
@@ -91,6 +92,7 @@ def generate(
     options: dict[str, Any] | None = None,
     sampler: str = SAMPLER,
     textures: list[str] | None = None,
+    texture_root: str | Path | None = None,
     jpeg: int | None = None,
     depth: str = "png",
     workers: int | None = None,
@@ -101,9 +103,10 @@ def generate(
 
     scenes, views: how many, and how many cameras each (None: the recipe's own number). renderer: "raycast", "cycles",
     or "module:attribute" of a callable (scene, **options) -> view.Renderer. sampler: "module:attribute" of a callable
-    (recipe, index) -> Scene, also called with `textures=` where a list of texture folders is given. jpeg, depth: see
-    storage.SceneFormat. workers: processes (None: one per core, or 1 for cycles, which uses all cores itself), each
-    replaced after `recycle` scenes. reserve: bytes to leave free.
+    (recipe, index) -> Scene, also called with `textures=` where a list of texture folders is given. texture_root: the
+    folder in which relative ones of these lie; it is not stored, so the same textures elsewhere give the same bytes.
+    jpeg, depth: see storage.SceneFormat. workers: processes (None: one per core, or 1 for cycles, which uses all cores
+    itself), each replaced after `recycle` scenes. reserve: bytes to leave free.
 
     A scene that fails is tried again with the same seed, then recorded in failures.json and skipped; the next run
     tries it once more. SIGINT and SIGTERM stop after the views in work. With RANK and WORLD_SIZE in the environment
@@ -119,7 +122,7 @@ def generate(
     if views is not None:
         recipe = replace(recipe, views=views)
     plan = make_plan(recipe, sampler, RENDERERS.get(renderer, renderer), options, textures, jpeg, depth)
-    return run(Dataset.start(out, plan, scenes), None, workers, recycle, reserve)
+    return run(Dataset.start(out, plan, scenes), None, workers, recycle, reserve, texture_root)
 
 
 def run(
@@ -128,6 +131,7 @@ def run(
     workers: int | None = None,
     recycle: int = 50,
     reserve: int = RESERVE,
+    texture_root: str | Path | None = None,
 ) -> Report:
     """Make the missing scenes, and those in `redo` again: all of them (None) or only some of their views."""
     rank, world = share()
@@ -155,6 +159,7 @@ def run(
             dataset.folder / "logs",
             f"rank{rank}-worker",
             recycle,
+            {} if texture_root is None else {TEXTURES: str(Path(texture_root).resolve())},
         )
         failed: list[int] = []
         full: OSError | None = None

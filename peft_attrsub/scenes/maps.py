@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.float32]
 ENDINGS = (".jpg", ".jpeg", ".png")
+#: The environment variable with the folder in which relative folders of maps lie.
+TEXTURES = "PEFT_ATTRSUB_TEXTURES"
 # Property -> words that name it, the first the best.
 WORDS = {
     "albedo": ("basecolor", "albedo", "diffuse", "diff", "color", "col"),
@@ -83,8 +85,11 @@ def find_maps(folder: str | os.PathLike[str]) -> FoundMaps:
 def read_maps(folder: str, size: int) -> ReadMaps:
     """Decode one folder's maps at size x size. Raises OSError where no albedo can be read, naming the files tried.
 
-    A file that cannot be decoded is named in a warning, and the next name on the list is tried.
+    A relative folder lies in the one that the environment variable PEFT_ATTRSUB_TEXTURES names, if it is set: so that
+    scenes hold no machine's paths. A file that cannot be decoded is named in a warning, and the next name on the list
+    is tried.
     """
+    folder = os.path.join(os.environ.get(TEXTURES, ""), folder)
     try:
         names = os.listdir(folder)
     except OSError as error:

@@ -59,8 +59,9 @@ class Pool:
     """`run(jobs)` yields one Result per job that ended, in any order.
 
     setup: what a worker is told first ("plan", "tag", "threads"). workers: how many processes. logs: folder of
-    `<name>-<number>.log`. stopping: set from a signal handler, it ends the run after the views in work; a second time
-    (`kill`) at once. draining: no further job is handed out, those in work end normally.
+    `<name>-<number>.log`. environment: for the workers, over this process's. stopping: set from a signal handler, it
+    ends the run after the views in work; a second time (`kill`) at once. draining: no further job is handed out,
+    those in work end normally.
     """
 
     setup: dict[str, Any]
@@ -68,6 +69,7 @@ class Pool:
     logs: Path
     name: str = "worker"
     recycle: int = 50
+    environment: dict[str, str] = field(default_factory=dict)
     stopping: bool = False
     kill: bool = False
     draining: bool = False
@@ -124,7 +126,7 @@ class Pool:
         raise OSError(f"no worker can be started: see the end of {self._log(number)}.")
 
     def _start(self, number: int) -> _Worker:
-        environment = dict(os.environ)
+        environment = os.environ | self.environment
         # One arena: arrays that several threads allocate otherwise leave holes, and memory creeps up scene by scene.
         environment.setdefault("MALLOC_ARENA_MAX", "1")
         if self.workers > 1:
