@@ -1,0 +1,1 @@
+"""What the training scripts share: settings, methods, batches, checkpoints, memory, launching."""

@@ -1,0 +1,164 @@
+"""The one training loop: micro-batches to steps, steps to checkpoints, on one device or many by accelerate.
+
+The gradient of a step is the mean over its images, whatever shapes its micro-batches have:
+
+    g = sum_j (n_j / n) grad L_j ,   n_j images in micro-batch j, n = sum_j n_j over all processes.
+
+Two processes that share the micro-batches of a step therefore do what one process does alone with all of them. What
+is drawn at random in a step follows from (seed, step, process) alone, and so does its data: a run that continues from
+a checkpoint makes the steps that an undisturbed one makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from peft_attrsub.vggt import VggtLoss
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class StepResult:
+    """What one step did. terms: means over its images, by name, "loss" among them. norms: of the gradient by group,
+    before clipping. images: over all processes. skipped: the name of what was not finite, or None."""
+
+    step: int
+    terms: dict[str, float]
+    norms: dict[str, float]
+    images: int
+    seconds: float
+    lr: float
+    skipped: str | None = None
+
+
+@dataclass
+class Loop:
+    """Everything a step needs. model: as accelerate prepared it. groups: trained parameters by their part.
+
+    clip: largest norm, of each group or (clip_groups False) of all together; 0: no limit. lr: of a step. dtype: of
+    autocast, None for float32. after: called with the step once the optimiser has moved (AdaLoRA's ranks, an average).
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: VggtLoss
+    groups: dict[str, list[nn.Parameter]]
+    lr: Callable[[int], float]
+    clip: float = 0.0
+    clip_groups: bool = False
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    extra_loss: Callable[[], Tensor | None] = lambda: None
+    after: list[Callable[[int], None]] = field(default_factory=list)
+    last_batch: Batch | None = None
+
+    def step(self, number: int, micro: Iterable[Batch]) -> StepResult:
+        """One step of the optimiser on this process's micro-batches, which must be as many as the others'."""
+        start = time.monotonic()
+        self.seed_all(number)
+        batches = list(micro)
+        world = self.accelerator.num_processes
+        mine = sum(count_images(batch) for batch in batches)
+        total = int(self._sum(torch.tensor(float(mine))))
+        sums: dict[str, float] = {}
+        bad: str | None = None
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+            with quiet:
+                # accelerate and DDP take the mean over processes: times `world` it is their sum.
+                terms, name = self._backward(batch, world * count_images(batch) / total)
+            bad = bad or name
+            share = count_images(batch) / total
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0.0) + share * value
+        terms = {key: float(self._sum(torch.tensor(value))) for key, value in sorted(sums.items())}
+        norms = self._clip()
+        if bad is None and not all(np.isfinite(norm) for norm in norms.values()):
+            bad = next(f"gradient of {name}" for name, norm in norms.items() if not np.isfinite(norm))
+        # All processes leave a step out, or none.
+        anywhere = float(self._sum(torch.tensor(float(bad is not None)))) > 0
+        rate = self.lr(number)
+        if not anywhere:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            for act in self.after:
+                act(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = (bad or "the loss of another process") if anywhere else None
+        return StepResult(number, terms, norms, total, time.monotonic() - start, rate, skipped)
+
+    def _backward(self, batch: Batch, weight: float) -> tuple[dict[str, float], str | None]:
+        device = self.accelerator.device
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        self.last_batch = batch
+        with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            output = self.model(pixel_values=batch["images"])
+        found = self.loss(output, batch)
+        total = found.total
+        more = self.extra_loss()
+        if more is not None:
+            total = total + more
+        self.accelerator.backward(total * weight)
+        terms = {key: float(value.detach()) for key, value in found.terms.items()}
+        terms["loss"] = float(found.total.detach())
+        # A mean with a NaN in it says nothing: such a micro-batch is named instead.
+        return {key: value for key, value in terms.items() if np.isfinite(value)}, found.nonfinite
+
+    def _clip(self) -> dict[str, float]:
+        """Norms by group before the limit; the limit scales a group's gradients, or all of them."""
+        norms = {name: _norm(parameters) for name, parameters in self.groups.items() if parameters}
+        if self.clip:
+            if self.clip_groups:
+                for name, norm in norms.items():
+                    _limit(self.groups[name], norm, self.clip)
+            else:
+                whole = torch.stack(list(norms.values())).norm()
+                for name in norms:
+                    _limit(self.groups[name], whole, self.clip)
+        return {name: float(norm) for name, norm in norms.items()}
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="sum").cpu()
+
+    def seed_all(self, number: int) -> None:
+        """Make what step `number` draws on this process a function of the seed, the step and the process alone."""
+        words = f"{self.seed} {number} {self.accelerator.process_index}".encode()
+        value = int.from_bytes(hashlib.sha256(words).digest()[:4], "little")
+        random.seed(value)
+        np.random.seed(value)
+        torch.manual_seed(value)
+
+
+def count_images(batch: Batch) -> int:
+    """Scenes times views."""
+    return int(batch["images"].shape[0] * batch["images"].shape[1])
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """L2 norm over the gradients of all the parameters, 0 without any; float32."""
+    norms = [parameter.grad.detach().float().norm() for parameter in parameters if parameter.grad is not None]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
+
+
+def _limit(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale.to(parameter.grad.dtype))

@@ -1,0 +1,156 @@
+"""examples/vggt/training/loop.py: the gradient of a step, limits, NaN, and two processes that are as good as one."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from peft_attrsub.vggt import VggtLoss
+from tests.examples.training_tools import on_path, random_batch, tiny_model
+
+on_path()
+from training.loop import Loop, count_images  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def groups_of(model: torch.nn.Module) -> dict[str, list[torch.nn.Parameter]]:
+    return {
+        name: list(getattr(model, f"{name}_head" if name != "aggregator" else name).parameters())
+        for name in ("aggregator", "camera", "depth")
+    }
+
+
+def make_loop(model: torch.nn.Module, rate: float = 0.0, **more: object) -> Loop:
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss = VggtLoss(nonfinite="skip")
+    return Loop(accelerator, model, optimizer, loss, groups_of(model), lambda step: rate, **more)  # type: ignore[arg-type]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def weighted_gradient(batches: list[dict]) -> dict[str, torch.Tensor]:
+    """The slow way: the gradient of each micro-batch alone, weighted by its share of the images."""
+    total = sum(count_images(batch) for batch in batches)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        model = tiny_model()
+        VggtLoss()(model(pixel_values=batch["images"]), batch).total.backward()
+        for name, gradient in gradients(model).items():
+            sums[name] = sums.get(name, torch.zeros(())) + gradient * count_images(batch) / total
+    return sums
+
+
+def step_change(loop: Loop, model: torch.nn.Module, batches: list[dict]) -> dict[str, torch.Tensor]:
+    """What plain gradient descent of rate 1 subtracts in one step: the gradient, after its limits."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loop.step(0, batches)
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+
+def test_the_gradient_of_a_step_is_the_mean_over_its_images() -> None:
+    batches = [random_batch(0, 1, 2), random_batch(1, 2, 3, (42, 28)), random_batch(2, 1, 4)]
+    model = tiny_model()
+    change = step_change(make_loop(model, rate=1.0), model, batches)
+    expected = weighted_gradient(batches)
+    assert expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(change[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_are_means_over_the_images_too() -> None:
+    batches = [random_batch(0, 1, 2), random_batch(1, 2, 3)]
+    model = tiny_model()
+    alone = [float(VggtLoss()(model(pixel_values=b["images"]), b).total.detach()) for b in batches]
+    result = make_loop(model).step(0, batches)
+    assert result.images == 8 and result.skipped is None
+    assert result.terms["loss"] == pytest.approx((2 * alone[0] + 6 * alone[1]) / 8, rel=1e-5)
+    assert {"camera_T", "camera_R", "camera_FoV", "depth_conf", "depth_reg", "depth_grad"} <= set(result.terms)
+
+
+@pytest.mark.parametrize("by_group", [False, True])
+def test_gradients_are_limited_by_group_or_together(by_group: bool) -> None:
+    batches = [random_batch(0)]
+    free = weighted_gradient(batches)
+    model = tiny_model()
+    loop = make_loop(model, rate=1.0, clip=0.01, clip_groups=by_group)
+    change = step_change(loop, model, batches)
+    part = {name: name.split(".")[0].removesuffix("_head") for name in free}
+    norms = {
+        g: math.sqrt(sum(float(free[n].square().sum()) for n in free if part[n] == g)) for g in set(part.values())
+    }
+    whole = math.sqrt(sum(norm**2 for norm in norms.values()))
+    assert min(norms.values()) > 0.01
+    for name, gradient in free.items():
+        limited = gradient * 0.01 / (norms[part[name]] if by_group else whole)
+        torch.testing.assert_close(change[name], limited, rtol=1e-3, atol=1e-6)
+
+
+def test_a_step_with_nan_changes_nothing_and_names_the_term() -> None:
+    batches = [random_batch(0), random_batch(1)]
+    batches[1]["images"][0, 0, 0, 0, 0] = float("nan")
+    model = tiny_model()
+    loop = make_loop(model, rate=1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = loop.step(3, batches)
+    assert result.skipped is not None and result.skipped.startswith(("camera", "depth"))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0)
+        assert parameter.grad is None
+    assert loop.last_batch is not None and loop.last_batch["seq_name"] == ["random-1-0"]
+    assert loop.step(4, [random_batch(2)]).skipped is None
+
+
+def test_what_is_drawn_in_a_step_follows_from_its_number() -> None:
+    loop = make_loop(tiny_model(), seed=5)
+    drawn = []
+    for number in (1, 2, 1):
+        loop.seed_all(number)
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        command = [*launch, "--num_processes", str(processes), __file__, str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(out, weights_only=True))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def main(out: str) -> None:
+    """Two steps of two micro-batches: one process takes both of them, two take one each."""
+    accelerator = Accelerator(cpu=True)
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    groups = groups_of(model)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    loop = Loop(accelerator, prepared, optimizer, VggtLoss(nonfinite="skip"), groups, lambda step: 1e-3, clip=0.5)
+    for step in range(2):
+        batches = [random_batch(10 * step, 1, 2), random_batch(10 * step + 1, 2, 3)]
+        loop.step(step, batches[accelerator.process_index :: accelerator.num_processes])
+    if accelerator.is_main_process:
+        torch.save({name: p.detach() for name, p in model.named_parameters()}, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
