@@ -107,7 +107,7 @@ def test_a_step_with_nan_changes_nothing_and_names_the_term() -> None:
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name], rtol=0, atol=0)
         assert parameter.grad is None
-    assert loop.last_batch is not None and loop.last_batch["seq_name"] == ["random-1-0"]
+    assert loop.bad_batch is not None and loop.bad_batch["seq_name"] == ["random-1-0"]
     assert loop.step(4, [random_batch(2)]).skipped is None
 
 

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +26,15 @@ from torch import Tensor, nn
 
 from peft_attrsub.vggt import VggtLoss
 
+from .guard import NanGuard, agree, clip_gradients, nonfinite_norm
+
 Batch = dict[str, Any]
 
 
 @dataclass
 class StepResult:
-    """What one step did. terms: means over its images, by name, "loss" among them. norms: of the gradient by group,
-    before clipping. images: over all processes. skipped: the name of what was not finite, or None."""
+    """What one step did. terms: means over its images, by name, "loss" among them. norms: of the gradient by group and
+    in "total", before clipping. images: over all processes. skipped: the name of what was not finite, or None."""
 
     step: int
     terms: dict[str, float]
@@ -49,6 +51,7 @@ class Loop:
 
     clip: largest norm, of each group or (clip_groups False) of all together; 0: no limit. lr: of a step. dtype: of
     autocast, None for float32. after: called with the step once the optimiser has moved (AdaLoRA's ranks, an average).
+    guard: counts the steps that are left out, and ends the run. bad_batch: the micro-batch behind the last of them.
     """
 
     accelerator: Accelerator
@@ -63,7 +66,8 @@ class Loop:
     seed: int = 0
     extra_loss: Callable[[], Tensor | None] = lambda: None
     after: list[Callable[[int], None]] = field(default_factory=list)
-    last_batch: Batch | None = None
+    guard: NanGuard | None = None
+    bad_batch: Batch | None = None
 
     def step(self, number: int, micro: Iterable[Batch]) -> StepResult:
         """One step of the optimiser on this process's micro-batches, which must be as many as the others'."""
@@ -75,37 +79,36 @@ class Loop:
         total = int(self._sum(torch.tensor(float(mine))))
         sums: dict[str, float] = {}
         bad: str | None = None
+        self.bad_batch = batches[-1]
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with quiet:
                 # accelerate and DDP take the mean over processes: times `world` it is their sum.
                 terms, name = self._backward(batch, world * count_images(batch) / total)
-            bad = bad or name
+            if name is not None and bad is None:
+                bad, self.bad_batch = name, batch
             share = count_images(batch) / total
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0.0) + share * value
         terms = {key: float(self._sum(torch.tensor(value))) for key, value in sorted(sums.items())}
-        norms = self._clip()
-        if bad is None and not all(np.isfinite(norm) for norm in norms.values()):
-            bad = next(f"gradient of {name}" for name, norm in norms.items() if not np.isfinite(norm))
+        norms = clip_gradients(self.groups, self.clip, by_group=self.clip_groups)
         # All processes leave a step out, or none.
-        anywhere = float(self._sum(torch.tensor(float(bad is not None)))) > 0
+        bad = agree(bad or nonfinite_norm(norms), self.accelerator.device)
+        left_out = self.guard.skips(number, bad, self.bad_batch) if self.guard else bad is not None
         rate = self.lr(number)
-        if not anywhere:
+        if not left_out:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
             for act in self.after:
                 act(number)
         self.optimizer.zero_grad(set_to_none=True)
-        skipped = (bad or "the loss of another process") if anywhere else None
-        return StepResult(number, terms, norms, total, time.monotonic() - start, rate, skipped)
+        return StepResult(number, terms, norms, total, time.monotonic() - start, rate, bad)
 
     def _backward(self, batch: Batch, weight: float) -> tuple[dict[str, float], str | None]:
         device = self.accelerator.device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        self.last_batch = batch
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None):
             output = self.model(pixel_values=batch["images"])
         found = self.loss(output, batch)
@@ -118,19 +121,6 @@ class Loop:
         terms["loss"] = float(found.total.detach())
         # A mean with a NaN in it says nothing: such a micro-batch is named instead.
         return {key: value for key, value in terms.items() if np.isfinite(value)}, found.nonfinite
-
-    def _clip(self) -> dict[str, float]:
-        """Norms by group before the limit; the limit scales a group's gradients, or all of them."""
-        norms = {name: _norm(parameters) for name, parameters in self.groups.items() if parameters}
-        if self.clip:
-            if self.clip_groups:
-                for name, norm in norms.items():
-                    _limit(self.groups[name], norm, self.clip)
-            else:
-                whole = torch.stack(list(norms.values())).norm()
-                for name in norms:
-                    _limit(self.groups[name], whole, self.clip)
-        return {name: float(norm) for name, norm in norms.items()}
 
     def _sum(self, value: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -149,16 +139,3 @@ class Loop:
 def count_images(batch: Batch) -> int:
     """Scenes times views."""
     return int(batch["images"].shape[0] * batch["images"].shape[1])
-
-
-def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """L2 norm over the gradients of all the parameters, 0 without any; float32."""
-    norms = [parameter.grad.detach().float().norm() for parameter in parameters if parameter.grad is not None]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
-
-
-def _limit(parameters: Sequence[nn.Parameter], norm: Tensor, limit: float) -> None:
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale.to(parameter.grad.dtype))

@@ -1,0 +1,360 @@
+"""One run, from settings to a saved adapter: everything around the loop.
+
+OUT/settings.yaml     what the run was made with; it is continued with the same, or refused
+OUT/checkpoints/      step-00000500/ ..., the last ones and the best
+OUT/log.jsonl         numbers of every logged step; OUT/panels/ pictures of a held-out sequence
+OUT/adapter/          what PEFT loads (OUT/model/ with method full), OUT/best/ the same at the best evaluation
+OUT/summary.json      written last: its presence means that the run is done
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from peft_attrsub.datasets import MultiViewDataset
+from peft_attrsub.evaluation.files import write_atomically
+from peft_attrsub.vggt import VggtConfig, VggtLoss, VggtModel
+
+from . import checkpoints
+from .augment import Augmentation
+from .batches import TrainingData, plan_for, read_steps
+from .ema import Ema
+from .guard import NanGuard, learning_rate
+from .heldout import HeldOut, evaluate, merged
+from .logs import Log
+from .loop import Loop
+from .memory import peak_memory
+from .methods import Built, build, save
+from .options import DataSettings, ModelSettings, TrainSettings
+from .settings import to_yaml
+from .sources import open_data
+
+SETTINGS, SUMMARY = "settings.yaml", "summary.json"
+#: Fields of DataSettings that the plan of a step is made from.
+PLAN = ("views_min", "views_max", "images_per_step", "image_size", "aspect_min", "aspect_max")
+#: What may differ when a run is continued: it changes no number of it.
+FREE = ("data", "eval_data", "workers", "out", "log_every", "tracker", "keep", "auto_memory", "check")
+
+
+class Stopper:
+    """SIGTERM, SIGINT and SIGUSR2 ask for a stop after the step in work; a second one is not waited for."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = number
+
+
+def load_vggt(settings: ModelSettings) -> VggtModel:
+    """The frozen base with the heads for cameras and depth, on the CPU."""
+    heads = ["camera", "depth"]
+    if settings.random_weights is None:
+        return VggtModel.from_pretrained(settings.model, heads=heads)
+    torch.manual_seed(settings.random_weights)
+    return VggtModel(VggtConfig.preset(settings.model, heads=heads))
+
+
+def run(
+    model: ModelSettings,
+    data: DataSettings,
+    train: TrainSettings,
+    *,
+    vggt: VggtModel | None = None,
+    tags: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
+) -> dict[str, Any]:
+    """Train, or go on training, and return what summary.json holds; {"stopped": signal} where a signal ended it.
+
+    vggt: the base, where it is loaded already; an adapter's layers are taken off it again at the end. tags: JSON
+    values for the adapter's config. Raises ValueError or OSError with a sentence, before the first step where the
+    reason can be known.
+    """
+    if train.out is None:
+        raise ValueError("--out is missing: give the folder of the run.")
+    out = Path(train.out)
+    tracker = None if train.tracker == "none" else train.tracker
+    accelerator = accelerator or Accelerator(log_with=tracker, project_dir=str(out))
+    if (done := _finished(out)) is not None:
+        _same_settings(out, model, data, train)
+        return done
+    patch = vggt.config.patch_size if vggt is not None else VggtConfig().patch_size
+    dataset, learn, held = open_data(data, patch)
+    _begin(out, model, data, train, accelerator)
+    vggt = vggt or load_vggt(model)
+    built = build(vggt, model, steps=train.steps, seed=train.seed)
+    try:
+        with Stopper() as stopper:
+            work = _Work(accelerator, built, dataset, learn, held, data, train, out, tags, out.name)
+            return work.go(stopper)
+    finally:
+        if vggt is not built.model:
+            built.model.unload()  # type: ignore[operator]  # PEFT's, of an adapter
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    path = out / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _values(*settings: Any) -> dict[str, Any]:
+    """What decides the numbers of a run, as YAML and JSON hold it."""
+    values: dict[str, Any] = {}
+    for part in settings:
+        values |= asdict(part)
+    return {key: value for key, value in json.loads(json.dumps(values)).items() if key not in FREE}
+
+
+def _same_settings(out: Path, *settings: Any) -> None:
+    """ValueError, naming the first difference, where the folder holds a run of other settings."""
+    before, now = yaml.safe_load((out / SETTINGS).read_text(encoding="utf-8")), _values(*settings)
+    for key in now:
+        if before.get(key) != now[key]:
+            raise ValueError(
+                f"{out} holds a run with {key} = {before.get(key)!r}, and this one has {now[key]!r}: give another "
+                "folder, or remove that one."
+            )
+
+
+def _begin(
+    out: Path, model: ModelSettings, data: DataSettings, train: TrainSettings, accelerator: Accelerator
+) -> None:
+    with accelerator.main_process_first():
+        if (out / SETTINGS).exists():
+            _same_settings(out, model, data, train)
+        elif accelerator.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            beside = out / f".{SETTINGS}.partial"
+            beside.write_text(to_yaml(model, data, train), encoding="utf-8")
+            beside.replace(out / SETTINGS)
+
+
+class _Work:
+    """The pieces of one run, put together."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        built: Built,
+        dataset: MultiViewDataset,
+        learn: Sequence[str],
+        held: HeldOut | None,
+        data: DataSettings,
+        train: TrainSettings,
+        out: Path,
+        tags: Mapping[str, Any] | None,
+        name: str,
+    ) -> None:
+        self.accelerator, self.built, self.held, self.train, self.out = accelerator, built, held, train, out
+        self.tags, self.name, self.workers = dict(tags or {}), name, data.workers
+        plan = plan_for(
+            dataset,
+            learn,
+            seed=train.seed,
+            accumulate=train.accumulate,
+            window=data.window if data.frames == "nearby" else None,
+            patch_size=built.base.config.patch_size,
+            **{key: getattr(data, key) for key in PLAN},
+        )
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.batches = TrainingData(dataset, learn, plan, Augmentation.of(data), rank, world)
+        optimizer = torch.optim.AdamW(
+            list(built.named.values()), lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
+        )
+        self.model, self.optimizer = accelerator.prepare(built.model, optimizer)
+        self.loss = VggtLoss(
+            camera_weight=train.camera_weight,
+            depth_weight=train.depth_weight,
+            depth_gradient="grad" if train.depth_gradient else None,
+            quantile=None if train.quantile == 1 else train.quantile,
+            nonfinite="skip",
+        )
+        self.guard = NanGuard(out, train.max_skipped)
+        self.ema = Ema(built.model, train.ema) if train.ema else None
+        self.best: float | None = None
+        self.seconds, self.images = 0.0, 0
+
+    def go(self, stopper: Stopper) -> dict[str, Any]:
+        """Every step that is left, or those up to a signal."""
+        train = self.train
+        first = self.resume()
+        log = Log(self.accelerator, self.out, train.steps, first, train.log_every, train.tracker, self.name)
+        if first == 0:
+            log.say(self.built.table)
+        loop = self.loop()
+        try:
+            for number, micro in read_steps(self.batches, first, train.steps, self.workers):
+                result = loop.step(number, micro)
+                self.seconds, self.images = self.seconds + result.seconds, self.images + result.images
+                log.step(result, peak_memory(self.accelerator.device))
+                taken = number + 1
+                stopping = self.anybody(stopper.asked is not None)
+                metric = None
+                if self.held and train.eval_every and (taken % train.eval_every == 0 or taken == train.steps):
+                    metric = self.measure(taken, log)
+                if taken % train.checkpoint_every == 0 or taken == train.steps or stopping or metric is not None:
+                    self.checkpoint(taken, metric)
+                if stopping and taken < train.steps:
+                    log.say(f"stopped by a signal after step {taken}: the same command continues")
+                    return {"stopped": stopper.asked or signal.SIGTERM, "steps": taken}
+        finally:
+            log.close()
+        return self.finish()
+
+    def loop(self) -> Loop:
+        train = self.train
+
+        def rate(step: int) -> float:
+            return learning_rate(
+                step,
+                train.steps,
+                train.lr,
+                start=train.lr_start,
+                final=train.lr_final,
+                warmup_share=train.warmup_share,
+            )
+
+        after = [lambda step: self.built.after_step(step + 1)]
+        if self.ema is not None:
+            average = self.ema
+            after.append(lambda step: average.update(self.built.model))
+        return Loop(
+            self.accelerator,
+            self.model,
+            self.optimizer,
+            self.loss,
+            self.built.groups,
+            rate,
+            clip=train.clip,
+            clip_groups=train.clip_groups,
+            dtype=torch.bfloat16 if train.precision == "bf16" else None,
+            seed=train.seed,
+            extra_loss=self.built.penalty,
+            after=after,
+            guard=self.guard,
+        )
+
+    def anybody(self, wish: bool) -> bool:
+        """Whether any process has the wish; all learn of it at the same step."""
+        if self.accelerator.num_processes == 1:
+            return wish
+        flag = torch.tensor(float(wish), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def measure(self, taken: int, log: Log) -> float | None:
+        """Evaluate on what is held out; the loss, by which the best checkpoint is chosen."""
+        assert self.held is not None
+        train, accelerator = self.train, self.accelerator
+        panel = None
+        if train.panel_every and taken % train.panel_every == 0 and accelerator.is_main_process:
+            panel = self.out / "panels" / f"step-{taken:08d}.png"
+        with self.averaged():
+            sums = evaluate(
+                self.built.model,
+                self.held,
+                self.loss,
+                accelerator.device,
+                accelerator.process_index,
+                accelerator.num_processes,
+                panel,
+            )
+        if accelerator.num_processes > 1:
+            values = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+            total = accelerator.reduce(values, reduction="sum").tolist()
+            sums = dict(zip(sums, total, strict=True))
+        means = merged(sums)
+        log.write(taken, {f"eval/{key}": value for key, value in means.items()})
+        log.say(f"step {taken}: " + ", ".join(f"held-out {key} {value:.4f}" for key, value in means.items()))
+        loss = means.get("loss")
+        if loss is not None and (self.best is None or loss < self.best):
+            self.best = loss
+            self.export("best", taken)
+        return loss
+
+    def averaged(self) -> Any:
+        """Inside, the model has the running mean of its weights, where one is kept."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.built.model)
+
+    def export(self, name: str, taken: int) -> None:
+        """Save the adapter (or the model) for people; the first process does."""
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                save(self.built, self.out / name, self.tags | {"steps": taken, "seed": self.train.seed})
+
+    def checkpoint(self, taken: int, metric: float | None) -> None:
+        """The state after `taken` steps; what a step draws follows from its number, so no generator is stored."""
+        if self.accelerator.is_main_process:
+            state: dict[str, Any] = {
+                "model": self.built.state(),
+                "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
+                "counts": {"best": self.best, "seconds": self.seconds, "images": self.images},
+            }
+            if self.ema is not None:
+                state["ema"] = self.ema.state_dict()
+            checkpoints.save(self.folder, taken, state, keep=self.train.keep, metric=metric)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "checkpoints"
+
+    def resume(self) -> int:
+        """Take up the last checkpoint, if there is one; how many steps are done."""
+        last = checkpoints.latest(self.folder)
+        if last is None:
+            return 0
+        state = checkpoints.load(last)
+        self.built.load_state(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        self.best, self.seconds, self.images = (state["counts"][key] for key in ("best", "seconds", "images"))
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        return last.step
+
+    def finish(self) -> dict[str, Any]:
+        """The adapter and the summary."""
+        self.export("model" if self.built.settings.method == "full" else "adapter", self.train.steps)
+        summary = {
+            "steps": self.train.steps,
+            "trainable_parameters": self.built.trainable,
+            "best_eval_loss": self.best,
+            "skipped_steps": self.guard.skipped,
+            "skipped_terms": dict(self.guard.terms),
+            "images": self.images,
+            "seconds": round(self.seconds, 1),
+            "images_per_second": round(self.images / max(self.seconds, 1e-9), 2),
+            "peak_memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 3),
+            "processes": self.accelerator.num_processes,
+            "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "tags": self.tags,
+        }
+        if self.accelerator.is_main_process:
+            write_atomically(self.out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        self.accelerator.wait_for_everyone()
+        return summary
