@@ -17,7 +17,7 @@ demo: .venv/.stamp-demo  ## the method end to end on handwritten digits, on a CP
 test: .venv/.stamp-dev .venv/.stamp-system  ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
 
-test-slow: .venv/.stamp-dev .venv/.stamp-system .venv/.stamp-third-party test-cycles  ## the slow tests, and test-cycles
+test-slow: .venv/.stamp-dev .venv/.stamp-system .venv/.stamp-slurm .venv/.stamp-third-party test-cycles  ## the slow tests, and test-cycles
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1800
 
 test-cycles: .venv-cycles/.stamp  ## the tests of both renderers of scenes, with Blender's bpy in a venv of its own
@@ -66,6 +66,17 @@ SYSTEM := chromium libegl1 libgl1 libusb-1.0-0
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM); \
 	  else \
 	    echo "make: some tests may be skipped here; on Debian: apt-get install $(SYSTEM)" >&2; \
+	  fi; \
+	fi
+	@touch $@
+
+# A one-node Slurm, which the slow tests start on loopback; without it they are skipped, and say so.
+.venv/.stamp-slurm: .venv/.stamp-system
+	@if ! command -v slurmctld >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
+	  else \
+	    echo "make: the tests of Slurm are skipped here; on Debian: apt-get install slurm-wlm munge" >&2; \
 	  fi; \
 	fi
 	@touch $@

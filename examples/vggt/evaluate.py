@@ -3,21 +3,26 @@
     python examples/vggt/evaluate.py --benchmark human --data THuman --out runs/base
     accelerate launch examples/vggt/evaluate.py --benchmark human --data THuman --adapter my-adapter --out runs/mine
     python examples/vggt/evaluate.py --table runs/base runs/mine            # one Markdown table of several runs
+    python examples/vggt/evaluate.py --benchmark human --data THuman --out runs/base --launcher slurm --jobs 8 --gpus 1
 
 In OUT: sequences.csv, summary.json (means, settings, versions), table.md, and pictures/ of the first sequences: PNG of
 prediction beside truth and error, PLY of both clouds. Whatever stops a run, the same command continues it; several
 processes share the sequences.
 
 Exit status: 0 all is measured; 1 sequences could not be read (they are named); 2 wrong arguments.
+With --launcher: 0 all is measured, 1 jobs failed or were stopped, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 BENCHMARKS = ("face", "face-real", "human", "clearpose", "scenes")
@@ -56,7 +61,26 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--trainable-parameters", type=int, help="for a model that was tuned in full or merged")
     where.add_argument("--pictures", type=int, default=3, metavar="N", help="of the first N sequences (default: 3)")
     where.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="join runs into a table, and no more")
+    who = out.add_argument_group("who measures what")
+    who.add_argument("--jobs", type=int, default=1, metavar="N", help="with --launcher: share the sequences among N")
+    who.add_argument("--share", default="0/1", metavar="K/N", help="only every N-th sequence from the K-th, K < N")
+    launching().add_options(out)
     return out
+
+
+def launching() -> ModuleType:
+    """training.launcher, beside this script: jobs on this machine or at Slurm."""
+    if (folder := str(Path(__file__).resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("training.launcher")
+
+
+def share(args: argparse.Namespace) -> tuple[int, int]:
+    """K and N of --share K/N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", args.share)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"--share is {args.share}: give K/N with 0 <= K < N, such as 0/8 for the first of eight.")
+    return int(match[1]), int(match[2])
 
 
 def check(args: argparse.Namespace) -> None:
@@ -70,7 +94,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--image-size {args.image_size} is not a multiple of 14, the side of VGGT's patches.")
     if args.split is not None and args.benchmark not in ("human", "clearpose"):
         raise ValueError(f"--split is for human and clearpose: {args.benchmark} has no splits.")
-    for name in ("limit", "max_queries"):
+    share(args)
+    for name in ("limit", "max_queries", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more.")
 
@@ -177,7 +202,9 @@ def work(
     from peft_attrsub.evaluation.skipping import SkippedError
     from peft_attrsub.evaluation.tables import ok_row, skipped_row, write_row
 
-    left = [(number, name) for number, name in enumerate(names) if name not in done]
+    # By the place among all names: what others have finished meanwhile must not move the shares.
+    first, shares = share(args)
+    left = [(number, name) for number, name in enumerate(names) if number % shares == first and name not in done]
     mine = left[state.process_index :: state.num_processes]
     unreadable = 0
     # One bar, of the first process: the others' shares are as long.
@@ -222,10 +249,30 @@ def close(
             return summary
 
 
+def launch(args: argparse.Namespace, options: Any, arguments: Sequence[str]) -> int:
+    """--jobs jobs, each this script with the same arguments and --share. OUT/.jobs holds logs and states."""
+    check(args)
+    if share(args)[1] > 1:
+        raise ValueError("--share is what --launcher gives its jobs: say --jobs N instead.")
+    run, place, jobs = launching(), args.out / ".jobs", []
+    for number in range(args.jobs):
+        chosen = ["--share", f"{number}/{args.jobs}"]
+        command = run.script_command(__file__, [*run.without_options(arguments), *chosen], options)
+        name = f"share-{number:0{len(str(args.jobs - 1))}}-of-{args.jobs}"
+        jobs.append(run.Job(name, command, place / name))
+    status = int(run.launch(jobs, options, place, "evaluate"))
+    if status == 0 and (args.out / "table.md").exists() and not (options.dry_run or options.states):
+        print((args.out / "table.md").read_text(encoding="utf-8"), end="")
+    return status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     try:
+        options = launching().options_of(args)
+        if options.launcher is not None:
+            return launch(args, options, arguments)
         if args.table:
             print(join(args.table), end="")
             return 0

@@ -4,21 +4,24 @@
     accelerate launch examples/vggt/generate_scenes.py --attribute all --out data/         # the paper's forty, shared
     python examples/vggt/generate_scenes.py --attribute texture --out data/ --check   # what is broken, if anything
     python examples/vggt/generate_scenes.py --attribute texture --out data/ --repair  # render that again
+    python examples/vggt/generate_scenes.py --attribute all --out data/ --launcher slurm --partition cpu  # a job each
 
 Dataset k of an attribute is the folder OUT/<attribute>_<k>; every scene in it opens in nerfstudio, and its
 contact_sheet.png shows what varies. Whatever stops a run, the same command continues it.
 
 Exit status: 0 all is done (or whole); 1 scenes failed (see failures.json) or problems were found; 2 wrong arguments
-or a full disk; 130, 143 stopped by Ctrl-C or SIGTERM.
+or a full disk; 130, 143 stopped by Ctrl-C or SIGTERM. With --launcher: 1 jobs failed or were stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ATTRIBUTES = ("texture", "geometry", "camera", "lighting")  # "all": what the paper mines
@@ -38,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, help="folder of the datasets")
     add("--datasets", type=int, default=10, help="datasets per attribute (default: 10)")
+    add("--only", type=int, metavar="K", help="of these only dataset K of each attribute")
     add("--scenes", type=int, default=200, help="scenes per dataset (default: 200)")
     add("--views", type=int, default=0, help="views per scene (default: 100, and 42 of a micro-baseline)")
     add("--size", type=int, default=518, help="width and height in pixels (default: 518)")
@@ -55,13 +59,21 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes (default: one per core; cycles: 1)")
     add("--check", action="store_true", help="only look for what is broken or missing")
     add("--repair", action="store_true", help="only look for that, and render it again")
+    launching().add_options(out)
     return out
+
+
+def launching() -> ModuleType:
+    """training.launcher, beside this script: jobs on this machine or at Slurm."""
+    if (folder := str(Path(__file__).resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("training.launcher")
 
 
 def datasets(args: argparse.Namespace) -> Iterator[tuple[Path, str, int]]:
     """Folder, attribute and seed of every dataset."""
     for attribute in ATTRIBUTES if args.attribute == "all" else (args.attribute,):
-        for number in range(args.datasets):
+        for number in range(args.datasets) if args.only is None else [args.only]:
             yield args.out / f"{attribute}_{number:02d}", attribute, 1000 * args.seed + number
 
 
@@ -132,9 +144,30 @@ def make(args: argparse.Namespace) -> int:
     return status
 
 
+def launch(args: argparse.Namespace, options: Any, arguments: Sequence[str]) -> int:
+    """One job per dataset, each this script with the same arguments and --only. OUT/.jobs holds logs and states."""
+    if args.check or args.repair:
+        raise ValueError("--check and --repair are not for --launcher: they are done at once, without it.")
+    run, place, jobs = launching(), args.out / ".jobs", []
+    arguments = run.without_options(arguments)
+    if args.workers is None and options.cpus is not None and args.renderer == "raycast":
+        arguments += ["--workers", str(options.cpus)]  # not one per core of the node
+    for folder, attribute, seed in datasets(args):
+        chosen = ["--attribute", attribute, "--only", str(seed - 1000 * args.seed)]
+        command = run.script_command(__file__, [*arguments, *chosen], options)
+        jobs.append(run.Job(folder.name, command, place / folder.name, folder / "dataset.json"))
+    return run.launch(jobs, options, place, "generate-scenes")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     try:
+        options = launching().options_of(args)
+        if args.only is not None and not 0 <= args.only < args.datasets:
+            raise ValueError(f"--only is {args.only}: of {args.datasets} datasets, give 0 to {args.datasets - 1}.")
+        if options.launcher is not None:
+            return launch(args, options, arguments)
         return look_after(args) if args.check or args.repair else make(args)
     except (ImportError, OSError, ValueError) as error:
         print(f"generate_scenes: {error}", file=sys.stderr)

@@ -80,12 +80,16 @@ class MultiViewDataset(torch.utils.data.Dataset[Sample], ABC):
         """The frames that `dataset[i]` gives where no file fixes them: all."""
         return self.frames(name)
 
+    def fixed_frames(self, name: str) -> list[str] | None:
+        """The frames that the map of sequences fixes for one, or None."""
+        return self._chosen.get(name) or None
+
     def read(self, name: str, frames: Frames | None = None) -> Sample:
         """One sequence: the given frames in the given order, else those of the map, else `default_frames`."""
         if name not in self.names:
             raise ValueError(f"there is no sequence {name!r} in {self.root}: the first one is {self.names[0]!r}.")
         if frames is None:
-            wanted = self._chosen.get(name) or self.default_frames(name)
+            wanted = self.fixed_frames(name) or self.default_frames(name)
         else:
             wanted = [str(frame) for frame in frames]
         known = self.frames(name)

@@ -150,7 +150,7 @@ class StepPlan:
 
 def training_frames(dataset: MultiViewDataset, name: str) -> list[str]:
     """Ids of the frames that a sequence is learnt from: those of the dataset's map of sequences, else all."""
-    return list(getattr(dataset, "_chosen", {}).get(name) or dataset.frames(name))
+    return dataset.fixed_frames(name) or dataset.frames(name)
 
 
 class TrainingData(torch.utils.data.Dataset[Batch]):

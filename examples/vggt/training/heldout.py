@@ -6,19 +6,21 @@ the model alone. Rotations are compared relative to the first camera, as the ang
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from peft_attrsub.datasets import MultiViewDataset, Sample, resize
-from peft_attrsub.evaluation import SkippedError, depth_metrics, error_figure
+from peft_attrsub.evaluation import SkippedError, depth_metrics
 from peft_attrsub.vggt import VggtLoss, decode_pose, relative_to_first
+
+from .panels import draw_panel
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,10 @@ def _measure(
     found = {"loss": float(loss(output, batch).total)}
     depth = output.depth[0, ..., 0].double().cpu().numpy()
     truth, mask = sample.depths.double().numpy(), sample.point_masks.numpy()
-    try:
-        metrics = depth_metrics(depth, truth, mask, align="median")
-        found["abs_rel"] = metrics.abs_rel
-        if panel is not None:
-            d, z = metrics.compared(depth, truth)
-            error_figure(sample.images, d, z, mask & np.isfinite(d), panel, title=sample.name)
-    except SkippedError:
-        pass
+    with contextlib.suppress(SkippedError):
+        found["abs_rel"] = depth_metrics(depth, truth, mask, align="median").abs_rel
+    if panel is not None:
+        draw_panel(batch, output, panel, title=sample.name)
     if output.pose_enc is not None and len(sample) > 1 and sample.extrinsics is not None:
         size = (sample.depths.shape[-2], sample.depths.shape[-1])
         extrinsics, _ = decode_pose(output.pose_enc[0].double().cpu(), size)

@@ -86,5 +86,5 @@ class Log:
         """End the bar and the curves."""
         if self.main:
             self.bar.close()
-        if self.tracked:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not end_training, which takes the process group along
+            tracker.finish()

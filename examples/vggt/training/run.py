@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,13 +35,13 @@ from .guard import NanGuard, learning_rate
 from .heldout import HeldOut, evaluate, merged
 from .logs import Log
 from .loop import Loop
-from .memory import peak_memory
+from .memory import describe, free_memory, peak_memory, plan_memory
 from .methods import Built, build, save
 from .options import DataSettings, ModelSettings, TrainSettings
 from .settings import to_yaml
 from .sources import open_data
 
-SETTINGS, SUMMARY = "settings.yaml", "summary.json"
+SETTINGS, SUMMARY, MEMORY = "settings.yaml", "summary.json", "memory.json"
 #: Fields of DataSettings that the plan of a step is made from.
 PLAN = ("views_min", "views_max", "images_per_step", "image_size", "aspect_min", "aspect_max")
 #: What may differ when a run is continued: it changes no number of it.
@@ -49,7 +49,8 @@ FREE = ("data", "eval_data", "workers", "out", "log_every", "tracker", "keep", "
 
 
 class Stopper:
-    """SIGTERM, SIGINT and SIGUSR2 ask for a stop after the step in work; a second one is not waited for."""
+    """SIGTERM, SIGINT and SIGUSR2 ask for a stop after the step in work; a second Ctrl-C is not waited for. Other
+    signals may come twice, from a launcher and from its group, and are one wish."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -65,9 +66,9 @@ class Stopper:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
+        if self.asked == signal.SIGINT == number:
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked = self.asked or number
 
 
 def load_vggt(settings: ModelSettings) -> VggtModel:
@@ -90,29 +91,32 @@ def run(
 ) -> dict[str, Any]:
     """Train, or go on training, and return what summary.json holds; {"stopped": signal} where a signal ended it.
 
-    vggt: the base, where it is loaded already; an adapter's layers are taken off it again at the end. tags: JSON
-    values for the adapter's config. Raises ValueError or OSError with a sentence, before the first step where the
-    reason can be known.
+    vggt: the base, where it is loaded already; a LoRA's layers are taken off it again at the end, other methods may
+    change it. tags: JSON values for the adapter's config. Raises ValueError or OSError with a sentence, before the
+    first step where the reason can be known.
     """
     if train.out is None:
         raise ValueError("--out is missing: give the folder of the run.")
     out = Path(train.out)
     tracker = None if train.tracker == "none" else train.tracker
     accelerator = accelerator or Accelerator(log_with=tracker, project_dir=str(out))
-    if (done := _finished(out)) is not None:
+    if (out / SETTINGS).exists():
         _same_settings(out, model, data, train)
+    if (done := _finished(out)) is not None:
         return done
     patch = vggt.config.patch_size if vggt is not None else VggtConfig().patch_size
     dataset, learn, held = open_data(data, patch)
-    _begin(out, model, data, train, accelerator)
-    vggt = vggt or load_vggt(model)
-    built = build(vggt, model, steps=train.steps, seed=train.seed)
+    built = build(vggt or load_vggt(model), model, steps=train.steps, seed=train.seed)
     try:
+        # Only now: settings that cannot work leave no folder that refuses others.
+        _keep_settings(out, to_yaml(model, data, train), accelerator)
         with Stopper() as stopper:
+            if train.auto_memory:
+                train = _fit_memory(built, data, train, out, accelerator)
             work = _Work(accelerator, built, dataset, learn, held, data, train, out, tags, out.name)
             return work.go(stopper)
     finally:
-        if vggt is not built.model:
+        if vggt is not None and vggt is not built.model:
             built.model.unload()  # type: ignore[operator]  # PEFT's, of an adapter
 
 
@@ -140,17 +144,43 @@ def _same_settings(out: Path, *settings: Any) -> None:
             )
 
 
-def _begin(
-    out: Path, model: ModelSettings, data: DataSettings, train: TrainSettings, accelerator: Accelerator
-) -> None:
+def _keep_settings(out: Path, text: str, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process and not (out / SETTINGS).exists():
+        write_atomically(out / SETTINGS, text.encode())
+    accelerator.wait_for_everyone()
+
+
+def _fit_memory(
+    built: Built, data: DataSettings, train: TrainSettings, out: Path, accelerator: Accelerator
+) -> TrainSettings:
+    """--auto-memory: the settings with as many micro-batches as it takes, and the blocks that recompute switched.
+
+    A run that is continued keeps its division, since other micro-batches would be another run.
+    """
+    path = out / MEMORY
     with accelerator.main_process_first():
-        if (out / SETTINGS).exists():
-            _same_settings(out, model, data, train)
-        elif accelerator.is_main_process:
-            out.mkdir(parents=True, exist_ok=True)
-            beside = out / f".{SETTINGS}.partial"
-            beside.write_text(to_yaml(model, data, train), encoding="utf-8")
-            beside.replace(out / SETTINGS)
+        if not path.exists():
+            plan = plan_memory(
+                built.base.config,
+                describe(built.model),
+                image_size=data.image_size,
+                views=data.views_max,
+                images_per_step=data.images_per_step,
+                free_bytes=free_memory(accelerator.device),
+                processes=accelerator.num_processes,
+                precision="bf16" if train.precision == "bf16" else "no",
+                ema=train.ema > 0,
+            )
+            record = {"accumulate": plan.accumulate, "checkpoint_blocks": plan.checkpoint_blocks, "why": plan.why}
+            write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+    record = json.loads(path.read_text(encoding="utf-8"))
+    accelerator.print(record["why"])
+    if record["checkpoint_blocks"]:
+        built.base.checkpoint_blocks(record["checkpoint_blocks"])
+        built.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        built.base.gradient_checkpointing_disable()
+    return replace(train, accumulate=record["accumulate"])
 
 
 class _Work:
