@@ -142,7 +142,8 @@ def evaluate(args: argparse.Namespace) -> int:
     options = {key: getattr(args, key) for key in ("sequences", "split") if getattr(args, key) is not None}
     dataset = open_benchmark(args.benchmark, args.data, **options)
     names = dataset.names[: args.limit]
-    state = PartialState()
+    # Without a device accelerate has to be told, or it would not see the other processes of torchrun.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     device = state.device
     dtype = args.dtype
     if dtype == "auto":
@@ -168,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> int:
     with state.main_process_first():
         done = start_run(args.out, settings(args, how, loaded.digest, rules.metrics))
     unreadable = work(args, how, loaded, dataset, names, done, state)
-    summary = close(args, names, loaded, rules, _model.provenance(device))
+    summary = close(args, names, loaded, rules, _model.provenance(device) | {"processes": state.num_processes})
     if summary["n_missing"] == 0:
         text = join([args.out])
         (args.out / "table.md").write_text(text, encoding="utf-8")

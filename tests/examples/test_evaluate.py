@@ -342,9 +342,10 @@ def test_killed_and_continued_by_two_processes_it_is_the_run_of_one(people: Path
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     alone = [sys.executable, str(SCRIPT), *arguments(people, model, whole)]
     subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPT)]
-    command += arguments(people, model, out)
+    # Not accelerate launch, which starts one process on a CPU whatever it is told.
+    environment |= {"ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(SCRIPT), *arguments(people, model, out)]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -356,5 +357,6 @@ def test_killed_and_continued_by_two_processes_it_is_the_run_of_one(people: Path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     here, there = files(out), files(whole)
-    assert json.loads(here.pop("summary.json")) == json.loads(there.pop("summary.json"))
-    assert here == there
+    two, one = (json.loads(tree.pop("summary.json")) for tree in (here, there))
+    assert (two["provenance"].pop("processes"), one["provenance"].pop("processes")) == (2, 1)
+    assert two == one and here == there

@@ -122,16 +122,17 @@ def test_what_is_drawn_in_a_step_follows_from_its_number() -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # Not accelerate launch, which starts one process on a CPU whatever it is told.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     found = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
-        command = [*launch, "--num_processes", str(processes), __file__, str(out)]
+        command = [*launch, "--nproc_per_node", str(processes), __file__, str(out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         found.append(torch.load(out, weights_only=True))
+    assert [one.pop("processes").item() for one in found] == [1, 2]
     assert found[0].keys() == found[1].keys() and len(found[0]) > 10
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
@@ -149,7 +150,8 @@ def main(out: str) -> None:
         batches = [random_batch(10 * step, 1, 2), random_batch(10 * step + 1, 2, 3)]
         loop.step(step, batches[accelerator.process_index :: accelerator.num_processes])
     if accelerator.is_main_process:
-        torch.save({name: p.detach() for name, p in model.named_parameters()}, out)
+        found = {name: p.detach() for name, p in model.named_parameters()}
+        torch.save(found | {"processes": torch.tensor(accelerator.num_processes)}, out)
 
 
 if __name__ == "__main__":

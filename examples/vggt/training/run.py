@@ -99,7 +99,12 @@ def run(
         raise ValueError("--out is missing: give the folder of the run.")
     out = Path(train.out)
     tracker = None if train.tracker == "none" else train.tracker
-    accelerator = accelerator or Accelerator(log_with=tracker, project_dir=str(out))
+    accelerator = accelerator or Accelerator(
+        # Without a device accelerate has to be told, or it would not see the other processes of torchrun.
+        cpu=not torch.accelerator.is_available(),
+        log_with=tracker,
+        project_dir=str(out),
+    )
     if (out / SETTINGS).exists():
         _same_settings(out, model, data, train)
     if (done := _finished(out)) is not None:
