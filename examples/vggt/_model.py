@@ -50,7 +50,10 @@ def load_model(
     if adapter is None:
         return Loaded(model.to(device).eval(), 0, "")
     from peft import PeftModel, get_peft_model_state_dict
+    from training.checks import check_adapter_base
 
+    if Path(adapter).is_dir():  # on the Hub, PEFT itself says what does not fit
+        check_adapter_base(adapter, model)
     tuned = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainable = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
     digest = state_digest(get_peft_model_state_dict(tuned))

@@ -296,6 +296,18 @@ def test_a_sequence_without_a_valid_pixel_is_skipped(people: Path, script: Modul
             measure.measure(empty, truth(sample, measure), how)
 
 
+def test_an_adapter_of_another_base_is_refused(
+    script: ModuleType, people: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = VggtConfig.preset("vggt-mini", embed_dim=64, num_heads=2, encoder_num_heads=2)
+    targets = vggt_targets("aggregator", config)
+    other = get_peft_model(VggtModel(config), LoraConfig(r=2, target_modules=targets))
+    other.save_pretrained(tmp_path / "other")
+    assert script.main(arguments(people, model, tmp_path / "run", "--adapter", str(tmp_path / "other"))) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path / "other") in error and "another base" in error and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

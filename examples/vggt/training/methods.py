@@ -16,7 +16,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,7 @@ def build(model: VggtModel, settings: ModelSettings, *, steps: int | None = None
         config = _config(model, settings, steps, seed)
         model.requires_grad_(False)
         model.freeze_encoder()
-        if settings.checkpointed:
-            model.checkpoint_blocks(settings.checkpointed)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model, settings.checkpointed)
         tuned: PeftModel | VggtModel = model
         if config is None:
             _train_in_full(model, settings)
@@ -141,6 +139,18 @@ def build(model: VggtModel, settings: ModelSettings, *, steps: int | None = None
         groups.setdefault(part_of(name), []).append(parameter)
     tuned.train()
     return Built(tuned, settings, groups, named, count_parts(tuned), adalora, pissa)
+
+
+def recompute(model: VggtModel, parts: Sequence[str]) -> None:
+    """Have the blocks of these parts compute their activations again in the backward pass; none: all keep them."""
+    # The older name warns in the newer transformers.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if parts:
+        model.checkpoint_blocks(parts)
+        enable = getattr(model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    elif getattr(model, f"is_{name}_checkpointing"):
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def save(built: Built, folder: str | os.PathLike[str], tags: Mapping[str, Any] | None = None) -> Path:
@@ -266,4 +276,4 @@ def _too_small(model: VggtModel, config: AttrSubspaceConfig, names: list[str], l
     return {name for name, side in sides.items() if side < limit}
 
 
-__all__ = ["Built", "build", "save"]
+__all__ = ["Built", "build", "recompute", "save"]

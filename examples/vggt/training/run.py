@@ -36,7 +36,7 @@ from .heldout import HeldOut, evaluate, merged
 from .logs import Log
 from .loop import Loop
 from .memory import describe, free_memory, peak_memory, plan_memory
-from .methods import Built, build, save
+from .methods import Built, build, recompute, save
 from .options import DataSettings, ModelSettings, TrainSettings
 from .settings import to_yaml
 from .sources import open_data
@@ -180,11 +180,7 @@ def _fit_memory(
             write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
     record = json.loads(path.read_text(encoding="utf-8"))
     accelerator.print(record["why"])
-    if record["checkpoint_blocks"]:
-        built.base.checkpoint_blocks(record["checkpoint_blocks"])
-        built.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        built.base.gradient_checkpointing_disable()
+    recompute(built.base, record["checkpoint_blocks"])
     return replace(train, accumulate=record["accumulate"])
 
 
