@@ -103,7 +103,13 @@ def test_a_run_leaves_an_adapter_numbers_and_pictures(undisturbed: Path, base: P
 
 
 def test_a_run_that_a_signal_stops_continues_to_the_same_weights(
-    script: ModuleType, scenes: Path, base: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    scenes: Path,
+    base: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     from training import loop
 
@@ -124,6 +130,7 @@ def test_a_run_that_a_signal_stops_continues_to_the_same_weights(
     for line, other in zip(log(out), log(undisturbed), strict=True):
         drop = ("images_per_second", "memory_gib")
         assert {k: v for k, v in line.items() if k not in drop} == {k: v for k, v in other.items() if k not in drop}
+    assert f"{out}: 6 steps" in (said := capsys.readouterr().out) and "peak memory" in said
     # A third time there is nothing to do.
     before = (out / "summary.json").read_bytes()
     assert script.main(arguments(scenes, base, out, *CORES, "--ema", "0.5")) == 0

@@ -387,5 +387,10 @@ class _Work:
         }
         if self.accelerator.is_main_process:
             write_atomically(self.out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+            print(
+                f"{self.out}: {self.train.steps} steps, {self.images} images, {summary['images_per_second']} images/s,"
+                f" peak memory {summary['peak_memory_gib']} GiB, {self.guard.skipped} steps left out",
+                flush=True,
+            )
         self.accelerator.wait_for_everyone()
         return summary
