@@ -23,6 +23,7 @@ from peft_attrsub.evaluation import (
     save_points,
     sequence_relief,
 )
+from peft_attrsub.evaluation.points import Align
 from peft_attrsub.vggt import VggtModel, decode_pose, relative_to_first, unproject
 from peft_attrsub.vggt.prediction import predict
 
@@ -33,7 +34,7 @@ class How:
 
     metrics: str  # "points" or "depth"
     transparent: bool  # whether labels 1 to 63 are glass, to be measured apart
-    align: str
+    align: Align  # of points; with metrics "depth" it is not read
     icp_threshold: float
     depth_align: str
     depth_solver: str
@@ -94,7 +95,7 @@ def _points(sample: Sample, prediction: Prediction, how: How, pictures: Path | N
     metrics = point_metrics(
         found[mask],
         truth[mask],
-        align=how.align,  # type: ignore[arg-type]  # argparse has checked it
+        align=how.align,
         icp_threshold=how.icp_threshold,
         max_queries=how.max_queries,
         exact=how.exact,

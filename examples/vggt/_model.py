@@ -28,6 +28,15 @@ class Loaded:
     digest: str
 
 
+def load_base(name: str, random_weights: int | None = None) -> VggtModel:
+    """VGGT by folder or Hub id with the heads for cameras and depth, on the CPU; with a seed, an untrained preset."""
+    heads = ["camera", "depth"]
+    if random_weights is None:
+        return VggtModel.from_pretrained(name, heads=heads)
+    torch.manual_seed(random_weights)
+    return VggtModel(VggtConfig.preset(name, heads=heads))
+
+
 def load_model(
     name: str,
     adapter: str | None = None,
@@ -41,12 +50,7 @@ def load_model(
     random_weights: seed of untrained weights; name is then a preset, vggt-1b or vggt-mini. merge: fold the adapter
     into the weights, which changes no number but rounding, and costs nothing per layer afterwards.
     """
-    heads = ["camera", "depth"]
-    if random_weights is not None:
-        torch.manual_seed(random_weights)
-        model = VggtModel(VggtConfig.preset(name, heads=heads))
-    else:
-        model = VggtModel.from_pretrained(name, heads=heads)
+    model = load_base(name, random_weights)
     if adapter is None:
         return Loaded(model.to(device).eval(), 0, "")
     from peft import PeftModel, get_peft_model_state_dict

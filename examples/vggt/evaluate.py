@@ -16,14 +16,17 @@ With --launcher: 0 all is measured, 1 jobs failed or were stopped, 130 or 143 st
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from training.launcher import Job, add_options, options_of, script_command, without_options
+from training.launcher import launch as run_jobs
 
 BENCHMARKS = ("face", "face-real", "human", "clearpose", "scenes")
 
@@ -64,15 +67,8 @@ def parser() -> argparse.ArgumentParser:
     who = out.add_argument_group("who measures what")
     who.add_argument("--jobs", type=int, default=1, metavar="N", help="with --launcher: share the sequences among N")
     who.add_argument("--share", default="0/1", metavar="K/N", help="only every N-th sequence from the K-th, K < N")
-    launching().add_options(out)
+    add_options(out)
     return out
-
-
-def launching() -> ModuleType:
-    """training.launcher, beside this script: jobs on this machine or at Slurm."""
-    if (folder := str(Path(__file__).resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module("training.launcher")
 
 
 def share(args: argparse.Namespace) -> tuple[int, int]:
@@ -135,6 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from peft_attrsub.datasets import open_benchmark, protocol
+    from peft_attrsub.evaluation.files import write_atomically
     from peft_attrsub.evaluation.tables import start_run
 
     check(args)
@@ -172,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> int:
     summary = close(args, names, loaded, rules, _model.provenance(device) | {"processes": state.num_processes})
     if summary["n_missing"] == 0:
         text = join([args.out])
-        (args.out / "table.md").write_text(text, encoding="utf-8")
+        write_atomically(args.out / "table.md", text.encode())
         print(text, end="")
         for name, reason in summary["skipped"].items():
             print(f"skipped: {name}: {reason}")
@@ -255,13 +252,13 @@ def launch(args: argparse.Namespace, options: Any, arguments: Sequence[str]) -> 
     check(args)
     if share(args)[1] > 1:
         raise ValueError("--share is what --launcher gives its jobs: say --jobs N instead.")
-    run, place, jobs = launching(), args.out / ".jobs", []
+    place, jobs = args.out / ".jobs", []
     for number in range(args.jobs):
         chosen = ["--share", f"{number}/{args.jobs}"]
-        command = run.script_command(__file__, [*run.without_options(arguments), *chosen], options)
+        command = script_command(__file__, [*without_options(arguments), *chosen], options)
         name = f"share-{number:0{len(str(args.jobs - 1))}}-of-{args.jobs}"
-        jobs.append(run.Job(name, command, place / name))
-    status = int(run.launch(jobs, options, place, "evaluate"))
+        jobs.append(Job(name, command, place / name))
+    status = int(run_jobs(jobs, options, place, "evaluate"))
     if status == 0 and (args.out / "table.md").exists() and not (options.dry_run or options.states):
         print((args.out / "table.md").read_text(encoding="utf-8"), end="")
     return status
@@ -271,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     try:
-        options = launching().options_of(args)
+        options = options_of(args)
         if options.launcher is not None:
             return launch(args, options, arguments)
         if args.table:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -40,16 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(data: object) -> int:
+def check(data: Any) -> int:
     """--check: one line per problem of the data."""
     from tqdm import tqdm
     from training.checks import check_data
     from training.sources import open_learnt
 
     problems = check_data(
-        lambda: open_learnt(data),  # type: ignore[arg-type]
-        data.views_min,  # type: ignore[attr-defined]
-        workers=data.workers,  # type: ignore[attr-defined]
+        lambda: open_learnt(data),
+        data.views_min,
+        workers=data.workers,
         progress=lambda items: tqdm(items, desc="check", unit="sequence"),
     )
     for problem in problems:

@@ -16,13 +16,16 @@ or a full disk; 130, 143 stopped by Ctrl-C or SIGTERM. With --launcher: 1 jobs f
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from training.launcher import Job, add_options, options_of, script_command, without_options
+from training.launcher import launch as run_jobs
 
 ATTRIBUTES = ("texture", "geometry", "camera", "lighting")  # "all": what the paper mines
 
@@ -59,15 +62,8 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes (default: one per core; cycles: 1)")
     add("--check", action="store_true", help="only look for what is broken or missing")
     add("--repair", action="store_true", help="only look for that, and render it again")
-    launching().add_options(out)
+    add_options(out)
     return out
-
-
-def launching() -> ModuleType:
-    """training.launcher, beside this script: jobs on this machine or at Slurm."""
-    if (folder := str(Path(__file__).resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module("training.launcher")
 
 
 def datasets(args: argparse.Namespace) -> Iterator[tuple[Path, str, int]]:
@@ -148,22 +144,22 @@ def launch(args: argparse.Namespace, options: Any, arguments: Sequence[str]) -> 
     """One job per dataset, each this script with the same arguments and --only. OUT/.jobs holds logs and states."""
     if args.check or args.repair:
         raise ValueError("--check and --repair are not for --launcher: they are done at once, without it.")
-    run, place, jobs = launching(), args.out / ".jobs", []
-    arguments = run.without_options(arguments)
+    place, jobs = args.out / ".jobs", []
+    arguments = without_options(arguments)
     if args.workers is None and options.cpus is not None and args.renderer == "raycast":
         arguments += ["--workers", str(options.cpus)]  # not one per core of the node
     for folder, attribute, seed in datasets(args):
         chosen = ["--attribute", attribute, "--only", str(seed - 1000 * args.seed)]
-        command = run.script_command(__file__, [*arguments, *chosen], options)
-        jobs.append(run.Job(folder.name, command, place / folder.name, folder / "dataset.json"))
-    return run.launch(jobs, options, place, "generate-scenes")
+        command = script_command(__file__, [*arguments, *chosen], options)
+        jobs.append(Job(folder.name, command, place / folder.name, folder / "dataset.json"))
+    return run_jobs(jobs, options, place, "generate-scenes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     try:
-        options = launching().options_of(args)
+        options = options_of(args)
         if args.only is not None and not 0 <= args.only < args.datasets:
             raise ValueError(f"--only is {args.only}: of {args.datasets} datasets, give 0 to {args.datasets - 1}.")
         if options.launcher is not None:

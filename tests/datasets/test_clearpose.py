@@ -27,7 +27,6 @@ from .clearpose_files import (
     pictures,
     planar_depth,
     write_pictures,
-    write_root,
     write_scene,
 )
 from .invariants import check_sample, reprojection_error
@@ -40,25 +39,6 @@ PUBLISHED = {
     **dict.fromkeys((4, 5, 6, 7, 8), (1, 2, 3, 4, 5, 6)),
     9: (7, 8, 9, 10, 11, 12),
 }
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes into the cache of whoever runs it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_root(tmp_path_factory.mktemp("clearpose"))
-
-
-@pytest.fixture
-def root(written: Path, tmp_path: Path) -> Path:
-    """A copy to spoil, without caches."""
-    copy = tmp_path / "clearpose"
-    shutil.copytree(written, copy, ignore=shutil.ignore_patterns("*.npz"))
-    return copy
 
 
 def only(root: Path, name: str = "set3/scene1", **options: Any) -> ClearPoseDataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,27 +15,8 @@ from peft_attrsub.datasets import clearpose_cameras
 from peft_attrsub.datasets.clearpose import ClearPoseDataset
 from peft_attrsub.datasets.clearpose_cameras import cache_paths, read_metadata, scene_cameras
 
-from .clearpose_files import camera, write_root, write_scene
+from .clearpose_files import camera, write_scene
 from .invariants import check_sample
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes into the cache of whoever runs it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_root(tmp_path_factory.mktemp("clearpose"))
-
-
-@pytest.fixture
-def root(written: Path, tmp_path: Path) -> Path:
-    """A copy to spoil, without caches."""
-    copy = tmp_path / "clearpose"
-    shutil.copytree(written, copy, ignore=shutil.ignore_patterns("*.npz"))
-    return copy
 
 
 def test_one_object_with_or_without_its_last_dimension(root: Path) -> None:

@@ -171,3 +171,8 @@ def arrow_maps(side: int = 64) -> Maps:
     maps.albedo[:half, half:] = [0, 1, 0]
     maps.albedo[half:, :half] = [0, 0, 1]
     return maps
+
+
+# What both renderers are tried on: a wide floor, and a sun from straight above.
+FLOOR = quad([-20, -20, 0], [40, 0, 0], [0, 40, 0], number=7)
+DOWN = Light("sun", [1.0, 1.0, 1.0], 2.0, direction=[0.0, 0.0, -1.0])

@@ -18,6 +18,8 @@ from peft_attrsub.scenes.raycast import RaycastRenderer
 from peft_attrsub.scenes.view import View, decode_srgb, encode_srgb
 
 from .bench_scene import (
+    DOWN,
+    FLOOR,
     Maps,
     Mesh,
     arrow_maps,
@@ -33,8 +35,6 @@ from .bench_scene import (
     scene,
 )
 
-FLOOR = quad([-20, -20, 0], [40, 0, 0], [0, 40, 0], number=7)
-DOWN = Light("sun", [1.0, 1.0, 1.0], 2.0, direction=[0.0, 0.0, -1.0])
 LAMPS = [
     DOWN,
     Light("point", [1.0, 0.5, 0.2], 500.0, position=[0, 0, 8.0]),

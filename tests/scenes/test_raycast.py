@@ -14,6 +14,8 @@ from peft_attrsub.scenes.shading import lamp_light
 from peft_attrsub.scenes.view import View, decode_srgb, encode_srgb, lamp_axes
 
 from .bench_scene import (
+    DOWN,
+    FLOOR,
     Maps,
     Mesh,
     arrow_maps,
@@ -27,9 +29,6 @@ from .bench_scene import (
     quad,
     scene,
 )
-
-FLOOR = quad([-20, -20, 0], [40, 0, 0], [0, 40, 0], number=7)
-DOWN = Light("sun", [1.0, 1.0, 1.0], 2.0, direction=[0.0, 0.0, -1.0])
 
 
 def shoot(one: Scene, mesh: Mesh, maps: list[Maps] | None = None, **options: int) -> View:

@@ -11,6 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from peft_attrsub.evaluation.files import write_atomically
+
 from .loop import StepResult
 
 LOG = "log.jsonl"
@@ -45,9 +47,7 @@ class Log:
                 break
             if record["step"] < first:
                 kept.append(line)
-        beside = self.path.with_name(f".{LOG}.partial")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def step(self, result: StepResult, memory: int) -> None:
         """Take note of a step. memory: the peak so far, in bytes."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from _model import load_base
 from accelerate import Accelerator
 
 from peft_attrsub.datasets import MultiViewDataset
@@ -72,12 +73,8 @@ class Stopper:
 
 
 def load_vggt(settings: ModelSettings) -> VggtModel:
-    """The frozen base with the heads for cameras and depth, on the CPU."""
-    heads = ["camera", "depth"]
-    if settings.random_weights is None:
-        return VggtModel.from_pretrained(settings.model, heads=heads)
-    torch.manual_seed(settings.random_weights)
-    return VggtModel(VggtConfig.preset(settings.model, heads=heads))
+    """The base that the settings name; evaluate.py loads the same."""
+    return load_base(settings.model, settings.random_weights)
 
 
 def run(
