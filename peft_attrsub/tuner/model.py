@@ -23,7 +23,8 @@ from ..basis.layout import ModuleLayout
 from ..basis.naming import natural_key, some
 from .arithmetic import add_weighted_adapter
 from .config import AttrSubspaceConfig
-from .layer import LAYERS, AttrSubspaceLayer
+from .kinds import LAYERS
+from .layer import AttrSubspaceLayer
 from .provider import BasisProvider
 from .registration import PREFIX
 from .targets import exact_targets
