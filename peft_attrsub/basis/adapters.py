@@ -6,7 +6,6 @@ alpha_pattern, exactly as PEFT matches them. Only safetensors and JSON are read.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import warnings
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import BasisError
@@ -26,6 +24,7 @@ from .files import file_sha256
 from .hub import fetch
 from .layout import ModuleLayout
 from .naming import natural_key, some, strip_peft_prefix
+from .tensor_file import TensorFile
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PAIRS = {
@@ -62,6 +61,11 @@ class _Unusable(Exception):
     """This module's LoRA is no low-rank matrix."""
 
 
+def _finite(x: Tensor) -> bool:
+    """No NaN and no inf. One pass: only a sum that overflows needs the look at every entry."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 class LoraAdapter:
     """A saved LoRA adapter. Opening reads the config and the names; `read` reads one module.
 
@@ -85,7 +89,7 @@ class LoraAdapter:
         self._check_weights(folder)
         #: Modules whose LoRA cannot be mined, and why; an error only where such a module is asked for.
         self.unusable: dict[str, str] = {}
-        self._handle: Any = None
+        self._file: TensorFile | None = None
         self._depth = 0
         with self:
             self.entries = self._index()
@@ -110,28 +114,21 @@ class LoraAdapter:
         """P (n x r) and Q (m x r) with dW = P Q^T; the scaling is in P."""
         entry = self.entries[module]
         with self:
-            a, b = self._handle.get_tensor(entry.key_a), self._handle.get_tensor(entry.key_b)
-        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            assert self._file is not None
+            a, b = self._file.read(entry.key_a), self._file.read(entry.key_b)
+        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+        a, b = a.to(wide), b.to(wide)
+        if not _finite(a) or not _finite(b):
             raise BasisError(
                 f"adapter {self.source!r} holds NaN or inf in module {module!r}: leave the adapter out or retrain it."
             )
-        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        left = b.to(wide).reshape(entry.layout.n, entry.rank) * entry.scaling
-        return left, a.to(wide).reshape(entry.rank, entry.layout.m).T
-
-    def reopened(self) -> LoraAdapter:
-        """The same adapter with a file handle of its own, for another thread."""
-        twin = copy.copy(self)
-        twin._handle, twin._depth = None, 0
-        return twin
+        left = b.reshape(entry.layout.n, entry.rank) * entry.scaling
+        return left, a.reshape(entry.rank, entry.layout.m).T
 
     def __enter__(self) -> LoraAdapter:
-        """Hold the file open: several reads then cost one opening. Re-entrant."""
-        if self._handle is None:
-            try:
-                self._handle = safe_open(str(self.path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise BasisError(f"adapter file {str(self.path)!r} cannot be read: {error}.") from error
+        """Hold the file open: several reads then cost one opening. Re-entrant; threads may read inside of it."""
+        if self._file is None:
+            self._file = TensorFile(self.path, "copy or download the adapter again")
         self._depth += 1
         return self
 
@@ -140,7 +137,7 @@ class LoraAdapter:
     ) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._handle = None
+            self._file = None
 
     def _read_config(self, folder: Path) -> dict[str, Any]:
         path = folder / CONFIG
@@ -187,7 +184,9 @@ class LoraAdapter:
         raise BasisError(f"adapter {self.source!r} has no {WEIGHTS}.")
 
     def _index(self) -> dict[str, LoraEntry]:
-        keys = set(self._handle.keys())
+        assert self._file is not None
+        shapes = {name: entry.shape for name, entry in self._file.entries.items()}
+        keys = set(shapes)
         if any("lora_magnitude_vector" in key for key in keys):
             raise BasisError(f"adapter {self.source!r} uses use_dora: {_REFUSED['use_dora']}.")
         entries = {}
@@ -199,7 +198,7 @@ class LoraAdapter:
                         raise BasisError(f"adapter {self.source!r} has {key!r} but lacks {stem + partner!r}.")
                     name = strip_peft_prefix(stem)
                     try:
-                        entries[name] = self._entry(name, key, stem + partner, embedding)
+                        entries[name] = self._entry(name, key, stem + partner, shapes, embedding)
                     except _Unusable as reason:
                         self.unusable[name] = str(reason)
         if not entries and self.unusable:
@@ -208,9 +207,10 @@ class LoraAdapter:
             raise BasisError(f"adapter {self.source!r} holds no LoRA tensors (found {some(sorted(keys))}).")
         return entries
 
-    def _entry(self, name: str, key_a: str, key_b: str, embedding: bool) -> LoraEntry:
-        shape_a = tuple(self._handle.get_slice(key_a).get_shape())
-        shape_b = tuple(self._handle.get_slice(key_b).get_shape())
+    def _entry(
+        self, name: str, key_a: str, key_b: str, shapes: dict[str, tuple[int, ...]], embedding: bool
+    ) -> LoraEntry:
+        shape_a, shape_b = shapes[key_a], shapes[key_b]
         if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= 5:
             raise BasisError(
                 f"adapter {self.source!r}, module {name!r}: shapes {shape_a}, {shape_b} are no LoRA factors."

@@ -25,7 +25,7 @@ from .config import CONFIG_NAME, AttributeRecord, BasisConfig, read_config
 from .errors import BasisError
 from .files import atomic_folder
 from .hub import HubOptions, fetch, open_repo, split_revision
-from .joint import check_columns, orthonormalise, spectral_weights
+from .joint import Stored, check_columns, join
 from .layout import ModuleLayout
 from .naming import check_attribute, natural_key, nearest, some
 from .saving import PATTERNS, push_basis, write_basis
@@ -145,16 +145,17 @@ class Basis:
         """
         check_columns(columns)
         chosen = self.select(attributes, dim) if attributes is not None or dim is not None else self
-        factors = {a: chosen._stored(module, a) for a in chosen.attributes}
-        left = orthonormalise({a: ut.T for a, (ut, _, _) in factors.items()})
-        right = orthonormalise({a: vt.T for a, (_, _, vt) in factors.items()})
-        a, b = left.q, right.q
-        if columns == "spectral":
-            spectra = {name: s for name, (_, s, _) in factors.items()}
-            a = a * spectral_weights(spectra, left.kept)
-            b = b * spectral_weights(spectra, right.kept)
-        pairs = {name: (left.slices[name], right.slices[name]) for name in chosen.attributes}
-        return a, b, pairs
+        return join(chosen.stored(module), columns)
+
+    def stored(self, module: str) -> dict[str, Stored]:
+        """{attribute: (Ut d x n, S d, Vt d x m)} of one module, as they are on disk, read and checked."""
+        return {attribute: self._stored(module, attribute) for attribute in self.attributes}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that have left the disk so far, for this basis and all views of the same files."""
+        stores = {id(block.store): block.store for row in self._blocks.values() for block in row.values()}
+        return sum(store.bytes_read for store in stores.values())
 
     # Smaller and larger ones
 
@@ -404,7 +405,7 @@ class Basis:
         self._require(module)
         return self._blocks[attribute][module]
 
-    def _stored(self, module: str, attribute: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _stored(self, module: str, attribute: str) -> Stored:
         """Ut (d x n), S (d), Vt (d x m)."""
         block = self._block(module, attribute)
         # Whole chunks are read, because it is chunks that carry a hash.

@@ -18,7 +18,8 @@ from .allocation import by_energy, by_gap, by_importance, effective_rank, parse_
 from .basis import Basis
 from .config import AttributeRecord, SourceRecord
 from .errors import BasisError
-from .irls import Dimension, IrlsSettings, SharedSubspace, first_spectrum, shared_subspace
+from .forms import Updates, stack_updates
+from .irls import Dimension, IrlsSettings, SharedSubspace, first_spectrum, mine_updates
 from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
@@ -30,8 +31,6 @@ T = TypeVar("T")
 Source = str | os.PathLike[str]
 Adapters = Mapping[str, Sequence[Source]] | Sequence[Source]
 
-# Modules per opening of the files: bounds the memory mapped at a time, whatever the model's size.
-_CHUNK = 8
 # Records of a basis that the mining of a module yields.
 _FOUND = ("first", "last", "weights", "residuals", "energy")
 
@@ -108,19 +107,21 @@ def build_basis(
     factors: dict[str, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
     extras: dict[str, Tensor] = {}
     records = []
-    for attribute, row in opened.items():
-        found = job.mine(attribute, dims[attribute])
+    for attribute in opened:
+        found, sources = job.mine(attribute, dims[attribute])
         if not any(x.first.numel() for x in found.values()):
             raise BasisError(f"every update of attribute {attribute!r} is zero: its adapters were never trained.")
         factors[attribute] = {m: (x.u, x.s, x.v) for m, x in found.items()}
         for module, x in found.items():
             extras.update({f"{attribute}.{module}.{part}": getattr(x, part).contiguous() for part in _FOUND})
-            extras[f"{attribute}.{module}.ranks"] = torch.tensor([a.entries[module].rank for a in row]).int()
+            extras[f"{attribute}.{module}.ranks"] = torch.tensor(
+                [a.entries[module].rank for a in opened[attribute]]
+            ).int()
         records.append(
             AttributeRecord(
                 name=attribute,
                 kind="adapters",
-                sources=[SourceRecord(a.public_name, a.revision, a.sha256()) for a in row],
+                sources=sources,
                 dim=dim,
                 allocation=allocation,
                 alpha=alpha,
@@ -143,16 +144,21 @@ class _Job:
     device: torch.device
     progress: bool
 
-    def mine(self, attribute: str, dims: Mapping[str, Dimension]) -> dict[str, SharedSubspace]:
-        def one(module: str, left: list[Tensor], right: list[Tensor]) -> SharedSubspace:
-            found = shared_subspace(left, right, dims[module], self.settings)
-            return found.cast(torch.float32)
+    def mine(
+        self, attribute: str, dims: Mapping[str, Dimension]
+    ) -> tuple[dict[str, SharedSubspace], list[SourceRecord]]:
+        """The subspaces of an attribute, and its adapters' records."""
 
-        return self._each(attribute, one, f"mining {attribute}")
+        def one(module: str, updates: Updates) -> SharedSubspace:
+            return mine_updates(updates, dims[module], self.settings).cast(torch.float32)
+
+        sources: list[SourceRecord] = []
+        found = self._each(attribute, one, f"mining {attribute}", sources)
+        return found, sources
 
     def effective_ranks(self, attribute: str) -> dict[str, float]:
-        def of_update(module: str, left: list[Tensor], right: list[Tensor]) -> float:
-            return effective_rank(first_spectrum(left, right))
+        def of_update(module: str, updates: Updates) -> float:
+            return effective_rank(first_spectrum(updates))
 
         return self._each(attribute, of_update, f"ranks of {attribute}")
 
@@ -161,40 +167,49 @@ class _Job:
         row = self.adapters[attribute]
         return {m: min(*x.shape, sum(a.entries[m].rank for a in row)) for m, x in self.layouts.items()}
 
-    def _each(self, attribute: str, work: Callable[[str, list[Tensor], list[Tensor]], T], title: str) -> dict[str, T]:
-        """`work` on every module of this process' share; the results of all processes, in order."""
+    def _each(
+        self,
+        attribute: str,
+        work: Callable[[str, Updates], T],
+        title: str,
+        sources: list[SourceRecord] | None = None,
+    ) -> dict[str, T]:
+        """`work` on every module of this process' share; the results of all processes, in order.
+
+        sources: a list to which the adapters' records are added, hashed by the same threads.
+        """
         names, main = process_share(list(self.layouts))
-        # A small model is still shared out over all threads.
-        size = max(1, min(_CHUNK, len(names) // max(1, torch.get_num_threads())))
-        chunks = [names[i : i + size] for i in range(0, len(names), size)]
         found: dict[str, T] = {}
         bar = tqdm(total=len(names), desc=title, unit="module", disable=None if self.progress and main else True)
+        row = self.adapters[attribute]
 
-        def run(chunk: list[str]) -> dict[str, T]:
-            # Each worker opens the files anew, so that pages of modules gone by are let go.
-            row = [a.reopened() for a in self.adapters[attribute]]
-            results = {}
-            with ExitStack() as stack:
-                for adapter in row:
-                    stack.enter_context(adapter)
-                for module in chunk:
-                    pairs = [adapter.read(module) for adapter in row]
-                    left = [p.to(self.device) for p, _ in pairs]
-                    right = [q.to(self.device) for _, q in pairs]
-                    results[module] = work(module, left, right)
-                    bar.update()
-            return results
+        def run(module: str) -> T:
+            ranks = [adapter.entries[module].rank for adapter in row]
+            pairs = (adapter.read(module) for adapter in row)
+            result = work(module, stack_updates(pairs, self.layouts[module].shape, ranks, self.device))
+            bar.update()
+            return result
 
         failure: BasisError | None = None
-        with bar, _one_thread_each(self.device) as workers, ThreadPoolExecutor(workers) as pool:
+        with bar, ExitStack() as files, _one_thread_each(self.device) as workers, ThreadPoolExecutor(workers) as pool:
+            for adapter in row:
+                files.enter_context(adapter)
+            # Hashing reads the files from end to end: before the mining it also brings cold ones into memory.
+            records = [] if sources is None else [pool.submit(_source, adapter) for adapter in row]
             try:
-                for results in pool.map(run, chunks):
-                    found.update(results)
+                found.update(zip(names, pool.map(run, names), strict=True))
             except BasisError as error:
                 pool.shutdown(cancel_futures=True)
                 failure = error
+            else:
+                if sources is not None:
+                    sources.extend(record.result() for record in records)
         merged = gather(found, failure)
         return {module: merged[module] for module in self.layouts}
+
+
+def _source(adapter: LoraAdapter) -> SourceRecord:
+    return SourceRecord(adapter.public_name, adapter.revision, adapter.sha256())
 
 
 @contextmanager

@@ -10,7 +10,7 @@ centring. The smoothed objective sum_i (eps^2 + ||L - dW_i||^2)^(alpha/2) never 
 
 No n x m matrix is formed. With P = [P_1 .. P_k] (n x R) = X R_p and Q = [Q_1 .. Q_k] (m x R) = Y R_q (X, Y
 orthonormal), everything happens exactly in R x R: C = X (R_p diag(w) R_q^T) Y^T. When R exceeds min(n, m)
-that is no longer small, and `matrix_free` takes over.
+that is no longer small, and C is used through its products alone. `forms` holds both.
 """
 
 from __future__ import annotations
@@ -22,14 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linalg import cholesky_r, fix_signs, truncate
-from .matrix_free import leading_svd
-
-# Up to this stacked rank a full SVD of the core costs less than finding its leading part.
-_FULL_SVD = 256
-
-# Rows of the larger side worked on at a time, so that C is never whole.
-_SLAB = 512
+from .forms import Form, Triplet, Updates, form_of, stack_updates
+from .linalg import fix_signs, truncate
 
 Dimension = int | Callable[[Tensor], int]
 
@@ -48,8 +42,8 @@ class IrlsSettings:
 class SharedSubspace:
     """U (n x d), S (d), V (m x d) of the last C; the rest says how it came about.
 
-    first, last: singular values of C at the first and the last iteration (all R of them, or the leading
-    ones where the core is not formed). weights (k): final, mean 1. residuals (k): ||L - dW_i|| / ||dW_i||.
+    first, last: all min(n, m, R) singular values of C at the first and the last iteration. weights (k): final,
+    mean 1. residuals (k): ||L - dW_i|| / ||dW_i||.
     energy (k): ||U^T dW_i V||^2 / ||dW_i||^2. objective: one value an iteration.
     """
 
@@ -83,53 +77,58 @@ def shared_subspace(
         dim: number of directions, or a rule that maps C's first spectrum to one.
         settings: alpha, eps, max_iter, tol.
     """
-    return _reweight(_problem(left, right), dim, settings or IrlsSettings())
+    return mine_updates(_stack(left, right), dim, settings or IrlsSettings())
 
 
-def first_spectrum(left: list[Tensor], right: list[Tensor]) -> Tensor:
+def mine_updates(updates: Updates, dim: Dimension, settings: IrlsSettings) -> SharedSubspace:
+    """`shared_subspace` of updates that are stacked already."""
+    return _reweight(form_of(updates), dim, settings)
+
+
+def first_spectrum(updates: Updates) -> Tensor:
     """Singular values of the plain mean C = sum_i dW_i / k, before any reweighting."""
-    problem = _problem(left, right)
-    return problem.spectrum(torch.full_like(problem.norms, 1 / len(left)))
+    form = form_of(updates)
+    return form.spectrum(torch.full_like(form.norms, 1 / len(updates.slices)))
 
 
-def _problem(left: list[Tensor], right: list[Tensor]) -> _Core | _Operator:
-    stacked = sum(p.shape[1] for p in left)
-    small = stacked <= min(left[0].shape[0], right[0].shape[0])
-    return _Core(left, right) if small else _Operator(left, right)
+def _stack(left: list[Tensor], right: list[Tensor]) -> Updates:
+    shape = left[0].shape[0], right[0].shape[0]
+    return stack_updates(zip(left, right, strict=True), shape, [p.shape[1] for p in left], left[0].device)
 
 
-def _reweight(problem: _Core | _Operator, dim: Dimension, settings: IrlsSettings) -> SharedSubspace:
-    norms = problem.norms  # [k]
+def _reweight(form: Form, dim: Dimension, settings: IrlsSettings) -> SharedSubspace:
+    norms = form.norms  # [k]
     k, positive = norms.numel(), norms[norms > 0]
     if not positive.numel():
-        return _empty(problem, k)
+        return _empty(form, k)
     unit = positive.median()
     weights = torch.ones_like(norms)
-    first = problem.spectrum(weights / k)
+    first = form.spectrum(weights / k)
     d = dim(first) if callable(dim) else dim
-    best: tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None = None
+    best: tuple[Triplet, tuple[Tensor, Tensor], Tensor, Tensor] | None = None
     objective: list[float] = []
     for _ in range(settings.max_iter):
-        triplet = problem.leading(weights / weights.sum(), d)
-        residuals = problem.residuals(*triplet)
+        triplet = form.leading(weights / weights.sum(), d)
+        projected = form.project(triplet[0], triplet[2])
+        residuals = form.residuals(triplet, *projected)
         smoothed = settings.eps**2 + (residuals / unit) ** 2
         value = float(smoothed.pow(settings.alpha / 2).sum())
         if objective and value > objective[-1]:
             # Only rounding can raise it: the step before is the answer.
             break
-        best = (triplet, residuals, weights)
+        best = (triplet, projected, residuals, weights)
         objective.append(value)
         weights = smoothed.pow((settings.alpha - 2) / 2)
         if value == 0 or (len(objective) > 1 and objective[-2] - value <= settings.tol * objective[-2]):
             break
     assert best is not None
-    (u, s, v), residuals, used = best
-    last = problem.spectrum(used / used.sum())
-    energy = problem.energy(u, v) / norms.clamp_min(torch.finfo(norms.dtype).tiny) ** 2
+    (u, s, v), projected, residuals, used = best
+    last = form.spectrum(used / used.sum())
+    energy = form.energy(*projected) / norms.clamp_min(torch.finfo(norms.dtype).tiny) ** 2
     smoothed = settings.eps**2 + (residuals / unit) ** 2
     final = smoothed.pow((settings.alpha - 2) / 2)
     u, s, v = truncate(u, s, v, d)
-    u, v = fix_signs(*problem.expand(u, v))
+    u, v = fix_signs(*form.expand(u, v))
     return SharedSubspace(
         u=u,
         s=s,
@@ -144,10 +143,10 @@ def _reweight(problem: _Core | _Operator, dim: Dimension, settings: IrlsSettings
     )
 
 
-def _empty(problem: _Core | _Operator, k: int) -> SharedSubspace:
+def _empty(form: Form, k: int) -> SharedSubspace:
     """Every update is zero in this module: a subspace without directions."""
-    zero = torch.zeros(0, dtype=torch.float64, device=problem.norms.device)
-    n, m = problem.shape
+    zero = torch.zeros(0, dtype=torch.float64, device=form.norms.device)
+    n, m = form.shape
     return SharedSubspace(
         u=zero.reshape(n, 0),
         s=zero,
@@ -159,122 +158,3 @@ def _empty(problem: _Core | _Operator, k: int) -> SharedSubspace:
         energy=torch.zeros(k, dtype=torch.float64),
         objective=[0.0],
     )
-
-
-def _slices(factors: list[Tensor]) -> list[slice]:
-    ends = torch.tensor([f.shape[1] for f in factors]).cumsum(0).tolist()
-    return [slice(end - f.shape[1], end) for f, end in zip(factors, ends, strict=True)]
-
-
-def _reduce(stacked: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """R (R x R) of stacked = X R, and the map from core coordinates c to X c."""
-    r = cholesky_r(stacked)
-    if r is not None:
-        return r, lambda c: stacked @ torch.linalg.solve_triangular(r, c, upper=True)
-    q, r = torch.linalg.qr(stacked)
-    return r, lambda c: q @ c
-
-
-class _Core:
-    """The R x R form: exact, and small while the stacked rank is below min(n, m)."""
-
-    def __init__(self, left: list[Tensor], right: list[Tensor]) -> None:
-        p = torch.cat([x.double() for x in left], 1)
-        q = torch.cat([x.double() for x in right], 1)
-        self.shape = (p.shape[0], q.shape[0])
-        self._slices = _slices(left)
-        self._rp, self._expand_u = _reduce(p)
-        self._rq, self._expand_v = _reduce(q)
-        self._columns = torch.tensor([x.shape[1] for x in left], device=p.device)
-        self._start: Tensor | None = None
-        self._svd: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
-        self.norms = torch.stack([torch.linalg.matrix_norm(self._rp[:, s] @ self._rq[:, s].T) for s in self._slices])
-
-    def _mean(self, weights: Tensor) -> Tensor:
-        return (self._rp * weights.repeat_interleave(self._columns)) @ self._rq.T  # [R, R]
-
-    def _full(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._svd is None or not torch.equal(self._svd[0], weights):
-            u, s, vh = torch.linalg.svd(self._mean(weights))
-            self._svd = (weights.clone(), (u, s, vh.T))
-        return self._svd[1]
-
-    def spectrum(self, weights: Tensor) -> Tensor:
-        if self._rp.shape[0] <= _FULL_SVD:
-            return self._full(weights)[1]
-        return torch.linalg.svdvals(self._mean(weights))
-
-    def leading(self, weights: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self._rp.shape[0] <= _FULL_SVD:
-            u, s, v = self._full(weights)
-        else:
-            mean = self._mean(weights)
-            u, s, v, self._start = leading_svd(
-                lambda x: mean @ x, lambda x: mean.T @ x, mean.shape, max(d, 1), self._start, mean.device
-            )
-        return u[:, :d], s[:d], v[:, :d]
-
-    def residuals(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-        shared = (u * s) @ v.T  # [R, R]
-        # One adapter at a time: k matrices of R x R would be the largest thing in memory.
-        norms = [torch.linalg.matrix_norm(shared - self._rp[:, i] @ self._rq[:, i].T) for i in self._slices]
-        return torch.stack(norms)
-
-    def energy(self, u: Tensor, v: Tensor) -> Tensor:
-        x, y = u.T @ self._rp, v.T @ self._rq  # [d, R]
-        return torch.stack([(x[:, i] @ y[:, i].T).square().sum() for i in self._slices])
-
-    def expand(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self._expand_u(u), self._expand_v(v)
-
-
-class _Operator:
-    """The matrix-free form C x = P (w * (Q^T x)) for a stacked rank above min(n, m)."""
-
-    def __init__(self, left: list[Tensor], right: list[Tensor]) -> None:
-        self._p = torch.cat([x.double() for x in left], 1)  # [n, R]
-        self._q = torch.cat([x.double() for x in right], 1)  # [m, R]
-        self.shape = (self._p.shape[0], self._q.shape[0])
-        self._slices = _slices(left)
-        self._columns = torch.tensor([x.shape[1] for x in left], device=self._p.device)
-        self._start: Tensor | None = None
-        squares = [((self._p[:, i].T @ self._p[:, i]) * (self._q[:, i].T @ self._q[:, i])).sum() for i in self._slices]
-        self.norms = torch.stack(squares).clamp_min(0).sqrt()
-
-    def _solve(self, weights: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
-        w = weights.repeat_interleave(self._columns)[:, None]
-        u, s, v, self._start = leading_svd(
-            lambda x: self._p @ (w * (self._q.T @ x)),
-            lambda x: self._q @ (w * (self._p.T @ x)),
-            self.shape,
-            d,
-            self._start,
-            self._p.device,
-        )
-        return u, s, v
-
-    def spectrum(self, weights: Tensor) -> Tensor:
-        """All min(n, m) singular values, from the Gram matrix of the smaller side, summed in slabs."""
-        small, large = (self._p, self._q) if self.shape[0] <= self.shape[1] else (self._q, self._p)
-        weighted = small * weights.repeat_interleave(self._columns)
-        gram = weighted.new_zeros(small.shape[0], small.shape[0])
-        for rows in large.split(_SLAB):
-            slab = weighted @ rows.T
-            gram.addmm_(slab, slab.T)
-        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
-
-    def leading(self, weights: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor]:
-        u, s, v = self._solve(weights, max(d, 1))
-        return u[:, :d], s[:d], v[:, :d]
-
-    def residuals(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-        inner = (s[:, None] * (u.T @ self._p) * (v.T @ self._q)).sum(0)  # [R]
-        cross = torch.stack([inner[i].sum() for i in self._slices])
-        return (self.norms**2 - 2 * cross + s.square().sum()).clamp_min(0).sqrt()
-
-    def energy(self, u: Tensor, v: Tensor) -> Tensor:
-        x, y = u.T @ self._p, v.T @ self._q
-        return torch.stack([(x[:, i] @ y[:, i].T).square().sum() for i in self._slices])
-
-    def expand(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return u, v

@@ -25,6 +25,10 @@ class HeaderStore:
         self._shapes = shapes
         self._records = FileStore(folder, [RECORDS_NAME] if (folder / RECORDS_NAME).is_file() else [])
 
+    @property
+    def bytes_read(self) -> int:
+        return self._records.bytes_read
+
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._shapes:
             raise BasisError(f"the basis on the Hub lacks the tensor {name!r} that its config announces.")

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import BasisError
+from .tensor_file import TensorFile
 
 FACTORS = ("Ut", "S", "Vt")
 RECORDS = ("first", "last", "weights", "residuals", "energy", "ranks")
@@ -40,7 +41,10 @@ RECORDS_NAME = "basis_records.safetensors"
 
 
 class Store(Protocol):
-    """Where the tensors of a basis are."""
+    """Where the tensors of a basis are, and how many bytes of them have been read from disk."""
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -53,6 +57,8 @@ class Store(Protocol):
 
 class MemoryStore:
     """Tensors held in memory."""
+
+    bytes_read = 0
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
@@ -77,41 +83,38 @@ class FileStore:
         """`names`: the files to open; default all of a basis."""
         self.folder = folder
         self.bytes_read = 0
-        self._handles: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._opened: dict[str, TensorFile] = {}
         opened = _all_files(folder) if names is None else names
-        self._files = {key: name for name in opened for key in self._open(name).keys()}  # noqa: SIM118 (no mapping)
+        self._files = {key: name for name in opened for key in self._open(name).entries}
 
-    def _open(self, name: str) -> Any:
-        if name not in self._handles:
-            path = self.folder / name
-            try:
-                self._handles[name] = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise BasisError(
-                    f"{str(path)!r} is truncated or no safetensors file ({error}): copy or build the basis again."
-                ) from error
-        return self._handles[name]
+    def _open(self, name: str) -> TensorFile:
+        if name not in self._opened:
+            self._opened[name] = TensorFile(self.folder / name)
+        return self._opened[name]
 
-    def _slice(self, name: str) -> Any:
+    def _file(self, name: str) -> TensorFile:
         if name not in self._files:
             raise BasisError(f"{str(self.folder)!r} lacks the tensor {name!r} that its config announces.")
-        return self._open(self._files[name]).get_slice(name)
+        return self._open(self._files[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._file(name).entries[name].shape
 
     def get(self, name: str, rows: int | None = None) -> Tensor:
-        view = self._slice(name)
-        # A copy: the tensor must outlive the file, which may be replaced or truncated under a mapping.
-        tensor = (view[:] if rows is None else view[:rows]).clone()
-        self.bytes_read += tensor.numel() * tensor.element_size()
+        tensor = self._file(name).read(name, rows)
+        with self._lock:
+            self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_opened": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 def tensor_files(folder: Path) -> list[str]:

@@ -20,8 +20,8 @@ import os, sys, torch
 torch.set_num_threads(1)
 from peft_attrsub import build_basis
 from peft_attrsub.basis import build
-mine, mined = build.shared_subspace, []
-build.shared_subspace = lambda *args: mined.append(1) or mine(*args)
+mine, mined = build.mine_updates, []
+build.mine_updates = lambda *args: mined.append(1) or mine(*args)
 out, *paths = sys.argv[1:]
 basis = build_basis({"a": paths[:2], "b": paths[2:]}, dim=2, allocation="importance", progress=False)
 basis.save_pretrained(f"{out}-{os.environ['RANK']}")
