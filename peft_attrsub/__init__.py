@@ -7,6 +7,8 @@ from .analysis.card import card_section
 from .basis import Basis, BasisError, build_basis, psv_basis, random_basis
 from .basis.card import add_section
 from .tuner import AttrSubspaceConfig, AttrSubspaceModel, export_lora, project_lora
+from .tuner.choice import explain_forward
+from .tuner.hotswap import hotswap_adapter
 
 __version__ = "0.1.0"
 
@@ -19,7 +21,9 @@ __all__ = [
     "Basis",
     "BasisError",
     "build_basis",
+    "explain_forward",
     "export_lora",
+    "hotswap_adapter",
     "project_lora",
     "psv_basis",
     "random_basis",

@@ -19,6 +19,7 @@ from .registration import SAVED_TYPE, peft_type
 #: Bases that are made from the model itself instead of being loaded.
 GENERATED = ("psv", "random")
 _GENERATED_DIM = 16
+FORWARD_MODES = ("auto", "factored", "folded")
 
 
 @dataclass
@@ -49,6 +50,10 @@ class AttrSubspaceConfig(PeftConfig):
             loaded from elsewhere (a basis in memory, "psv", "random"), else only the pointer to the basis
             and its digest. True makes a file that stands alone.
         seed: of the "random" basis.
+        forward_mode: how linear layers compute the update, which changes speed and not results. "factored":
+            three thin products beside the base; "folded": A M B^T is added to W on the fly, which pays with
+            many tokens; "auto": each pass as is cheaper by token count, and never folded where W is
+            narrower than float32 (see `peft_attrsub.explain_forward`). Not saved with the adapter.
         fan_in_fan_out: True for layers that store W as (in, out), such as GPT-2's Conv1D; found out by
             itself for those.
         missing: "error" refuses a targeted module that the basis lacks, "skip" leaves it unadapted.
@@ -76,6 +81,7 @@ class AttrSubspaceConfig(PeftConfig):
     init_weights: bool = True
     save_basis: bool | Literal["auto"] = "auto"
     seed: int = 0
+    forward_mode: Literal["auto", "factored", "folded"] = "auto"
     fan_in_fan_out: bool = False
     missing: Literal["error", "skip"] = "error"
     target_modules: set[str] | list[str] | str | None = None
@@ -109,6 +115,7 @@ class AttrSubspaceConfig(PeftConfig):
         self._one_of("core", ("full", "block_diagonal"))
         self._one_of("missing", ("error", "skip"))
         self._one_of("save_basis", ("auto", True, False))
+        self._one_of("forward_mode", FORWARD_MODES)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} is outside [0, 1).")
         if self.lora_rank < 1:
@@ -238,7 +245,9 @@ class AttrSubspaceConfig(PeftConfig):
 
     def saved_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
-        return {**self.to_dict(), "peft_type": SAVED_TYPE, "basis_in_adapter": self.stores_basis}
+        record = {**self.to_dict(), "peft_type": SAVED_TYPE, "basis_in_adapter": self.stores_basis}
+        del record["forward_mode"]  # a matter of the machine that runs the adapter, not of the adapter
+        return record
 
     @classmethod
     def from_pretrained(cls, name: str, subfolder: str | None = None, **kwargs: Any) -> AttrSubspaceConfig:

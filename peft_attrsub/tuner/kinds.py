@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choice import choose, cores_of, sum_of_cores
+from .folded import folded_linear
 from .layer import AttrSubspaceLayer
 
 
@@ -15,6 +17,16 @@ class Linear(AttrSubspaceLayer):
 
     def _into(self, x: Tensor, b: Tensor) -> Tensor:
         return x @ b
+
+    def _joint(self, x: Tensor) -> Tensor | None:
+        fold = choose(self, x)
+        if fold is None:
+            return None
+        names = cores_of(self)
+        a, _, b = self.factors(names[0])
+        core = sum_of_cores(self, names)
+        base = self.get_base_layer()
+        return folded_linear(x, core, base.weight, base.bias, a, b, transposed=self.fan_in_fan_out, fold=fold)
 
 
 class Embedding(AttrSubspaceLayer):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..basis.layout import ModuleLayout
 from .config import AttrSubspaceConfig
 from .factors import Bases, Slices, assemble, blocks_of, core_shape, slices_of
+from .mixed import add_updates
 from .shared import SharedBases
 
 _INIT_STD = 0.5
@@ -41,7 +42,11 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         "scaling",
         "slices",
         "block_diagonal",
+        "forward_mode",
     )
+
+    #: The adapter of each sample while a mixed batch runs (see `mixed`).
+    sample_adapters: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.slices: dict[str, Slices] = {}
         self.block_diagonal: dict[str, bool] = {}
+        self.forward_mode: dict[str, str] = {}
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # switched by peft.helpers.disable_input_dtype_casting
         self.merged_adapters: list[str] = []
@@ -122,6 +128,7 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
                 del getattr(self, name)[adapter]
         p = config.dropout
         self.attrsub_dropout[adapter] = nn.Dropout(p) if p > 0 else nn.Identity()
+        self.forward_mode[adapter] = config.forward_mode
 
     def _finish(self, adapter: str, inference_mode: bool) -> None:
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -245,9 +252,15 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if not self.merged and self.sample_adapters is None and not args and not kwargs:
+            joint = self._joint(x)
+            if joint is not None:
+                return joint
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
+        if self.sample_adapters is not None:
+            return add_updates(self, self.sample_adapters, x, result)
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -255,6 +268,10 @@ class AttrSubspaceLayer(nn.Module, BaseTunerLayer):
             if self.has(adapter):
                 result = result + self._update(x, adapter)
         return result.to(dtype)
+
+    def _joint(self, x: Tensor) -> Tensor | None:
+        """Base and update in one, for layer types and moments that allow it; None: one after the other."""
+        return None
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         """scaling * A M (B^T dropout(x)): three thin products, in the dtype of the frozen bases."""

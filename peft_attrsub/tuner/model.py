@@ -25,6 +25,7 @@ from .arithmetic import add_weighted_adapter
 from .config import AttrSubspaceConfig
 from .kinds import LAYERS
 from .layer import AttrSubspaceLayer
+from .mixed import check_count, mixed_batch
 from .provider import BasisProvider
 from .registration import PREFIX
 from .targets import exact_targets
@@ -37,11 +38,19 @@ class AttrSubspaceModel(BaseTuner):
         model: the model to adapt; it is changed in place. config: AttrSubspaceConfig.
         adapter_name: name of the adapter, "default" unless told otherwise.
         low_cpu_mem_usage: make the cores on the meta device, to be filled from a checkpoint.
+
+    basis_bytes_read: adapter -> bytes of tensors of its basis that left the disk when it was added: those of its
+        modules, attributes and directions, in whole chunks of 16 directions, and none for modules where an adapter
+        on the same basis was there before. Also as an attribute of the PeftModel.
     """
+
+    basis_bytes_read: dict[str, int]
 
     prefix: str = PREFIX
     tuner_layer_cls = AttrSubspaceLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    #: The adapter of each sample while a mixed batch runs (see `mixed`).
+    sample_adapters: tuple[str, ...] | None = None
 
     def _prepare_adapter_config(self, peft_config: AttrSubspaceConfig, model_config: dict) -> AttrSubspaceConfig:
         return peft_config  # needs the model's module names: see _prepare_model
@@ -64,7 +73,13 @@ class AttrSubspaceModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's entry point for a new adapter; says afterwards which directions were dropped."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            # A config that is refused early, or no target at all, leaves no provider behind.
+            if "_provider" in self.__dict__:
+                self._provider.close()
+        self.basis_bytes_read = {**self.__dict__.get("basis_bytes_read", {}), adapter_name: self._provider.bytes_read}
         lost = {name: counts for name, counts in self._provider.dropped.items() if any(counts)}
         if lost and not self.peft_config[adapter_name].inference_mode:
             listing = "; ".join(f"{name!r}: {a} columns of A, {b} of B" for name, (a, b) in lost.items())
@@ -132,22 +147,30 @@ class AttrSubspaceModel(BaseTuner):
     def _check_targets(self, config: AttrSubspaceConfig, model: nn.Module) -> None:
         """Refuse what cannot be adapted before anything is: a refused config leaves the model as it was."""
         inside: tuple[str, ...] = ()
-        skipped, admitted = [], False
+        skipped, admitted, cores = [], False, []
         for name, module in list(model.named_modules()):
             if not name or name.startswith(inside):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside += (f"{name}.",)
             if self._check_target_module_exists(config, name):
-                if self._admit(config, module, model.get_submodule(name.rpartition(".")[0]), name) is None:
+                admission = self._admit(config, module, model.get_submodule(name.rpartition(".")[0]), name)
+                if admission is None:
                     skipped.append(name)
-                else:
-                    admitted = True
+                    continue
+                admitted = True
+                if not admission[1] and not self._holds_bases(module, name):
+                    cores.append(name)
         if skipped and not admitted:
             raise BasisError(
                 f"missing='skip' skips all targeted modules ({some(skipped)}): the basis has none of them, "
                 f"it has {some(self._provider.modules)}."
             )
+        self._provider.plan(cores)
+
+    def _holds_bases(self, module: nn.Module, name: str) -> bool:
+        """Whether another adapter has brought the bases of this one to a module already."""
+        return isinstance(module, AttrSubspaceLayer) and module.shared(self._provider.key(name)) is not None
 
     def _layout(self, base: nn.Module, name: str) -> ModuleLayout:
         layout = ModuleLayout.of(base)
@@ -189,21 +212,28 @@ class AttrSubspaceModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; bases that no other adapter uses are let go."""
         super().delete_adapter(adapter_name)
+        self.basis_bytes_read.pop(adapter_name, None)
         # PEFT passes over layers of models whose own names contain "attrsub_".
         for layer in self.model.modules():
             if isinstance(layer, AttrSubspaceLayer) and layer.has(adapter_name):
                 layer.delete_adapter(adapter_name)
                 self.active_adapter = layer.active_adapters[:]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted model's forward; PEFT's task models come through here."""
+        if self.sample_adapters is not None:
+            check_count(self, self.sample_adapters, args, kwargs)
+        return super().forward(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT drops adapter_names for methods that do not take them; a wrong answer in silence would follow.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names asks for a different adapter per sample, which this version cannot do yet: "
-                "call the model once per adapter, with set_adapter before each."
-            )
-        yield
+        # PEFT's entry point: around every forward and generate, with their arguments.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with mixed_batch(self, names, args, kwargs):
+            yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cached_property
 
 from torch import Tensor
 
 from ..basis import Basis, BasisError
-from ..basis.joint import spectral_weights
+from ..basis.ahead import ReadAhead
+from ..basis.joint import Stored, join, spectral_weights
 from ..basis.layout import ModuleLayout
 from ..basis.linalg import principal_svd
 from ..basis.naming import nearest, some
@@ -31,6 +33,29 @@ class BasisProvider:
         if not config.generated and config.basis is not None and not config.basis_in_adapter:
             self.whole = config.open_basis()
             self._basis = self.whole.select(config.attributes, config.dim)
+        self._read_before = self._total_read
+        self._ahead: ReadAhead[dict[str, Stored]] | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the basis that left the disk for this adapter."""
+        return self._total_read - self._read_before
+
+    @property
+    def _total_read(self) -> int:
+        return 0 if self._basis is None else self._basis.bytes_read
+
+    def plan(self, modules: Iterable[str]) -> None:
+        """Say which modules `make` will be asked for, in order: the next one is read while one is computed."""
+        self.close()
+        if self._basis is not None:
+            self._ahead = ReadAhead(self._basis.stored, modules)
+
+    def close(self) -> None:
+        """End reading ahead; the provider still works without."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     @property
     def basis(self) -> Basis | None:
@@ -96,7 +121,8 @@ class BasisProvider:
         """A and B for a module; `weight` (n x m) is needed for "psv" only."""
         config = self._config
         if self._basis is not None:
-            a, b, slices = self._basis.joint(module, columns=config.columns)
+            read = self._basis.stored if self._ahead is None else self._ahead.get
+            a, b, slices = join(read(module), config.columns)
             self._count_dropped(module, slices)
             return Bases(a, b, slices, self.key(module))
         if config.basis == "random":

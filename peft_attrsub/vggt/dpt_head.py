@@ -85,10 +85,14 @@ class DptHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         b, s = levels[0].shape[:2]
-        patches = [level[:, :, self.special_tokens :].flatten(0, 1) for level in levels]
-        step = self.chunk if self.chunk > 0 else b * s
-        parts = [self._frames([p[i : i + step] for p in patches], size) for i in range(0, b * s, step)]
-        out = torch.cat(parts).unflatten(0, (b, s)).movedim(2, -1)  # [B, S, H, W, outputs]
+        patches = [level[:, :, self.special_tokens :] for level in levels]  # [B, S, h w, 2 C]
+        # The same frames of every scene, one at least: an adapter per scene needs its rows side by side in each chunk.
+        step = max(1, self.chunk // b) if self.chunk > 0 else s
+        parts = [
+            self._frames([p[:, i : i + step].flatten(0, 1) for p in patches], size).unflatten(0, (b, -1))
+            for i in range(0, s, step)
+        ]
+        out = torch.cat(parts, 1).movedim(2, -1)  # [B, S, H, W, outputs]
         value, confidence = out[..., :-1], 1 + out[..., -1].exp()
         if self.activation == "exp":
             return value.exp(), confidence

@@ -107,13 +107,6 @@ def test_a_refused_config_leaves_the_model_as_it_was():
     assert {name: type(module) for name, module in base.named_modules()} == before
 
 
-def test_a_different_adapter_per_sample_is_refused_not_ignored():
-    model = get_peft_model(MLP.base(), AttrSubspaceConfig(basis="random", dim=2, target_modules=["up"]))
-    model.add_adapter("second", AttrSubspaceConfig(basis="random", dim=2, target_modules=["up"]))
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(torch.randn(2, 12), adapter_names=["default", "second"])
-
-
 def test_skipping_every_module_is_an_error(saved):
     base = nn.Sequential(nn.Linear(8, 8))
     config = AttrSubspaceConfig(basis=str(saved / "basis"), target_modules=["0"], missing="skip")
