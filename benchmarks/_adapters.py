@@ -9,10 +9,14 @@ arbitrary gauge, which leaves dW_i as it is but not the stored factors: training
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import warnings
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -101,6 +105,17 @@ def factors(module: str, shape: tuple[int, int], index: int, fixture: str, rank:
     return (scale * a @ g.T).T.contiguous(), torch.linalg.solve(g, b, left=False).contiguous()
 
 
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch on one thread per call: so small products gain nothing from more, and lose a lot on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def write_adapters(
     folder: Path, shapes: dict, count: int, *, fixture: str = "shared", rank: int = 16, seed: int = 0
 ) -> list[str]:
@@ -121,16 +136,17 @@ def write_adapters(
         leaves = sorted({name.rsplit(".", 1)[1] for name in shapes})
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=leaves)
         model = get_peft_model(meta_model(shapes), config, low_cpu_mem_usage=True)
-        for i, path in enumerate(paths):
-            for name, shape in shapes.items():
-                layer = model.get_submodule(f"base_model.model.{name}")
-                a, b = factors(name, shape, i, fixture, rank, seed)
-                layer.lora_A["default"].weight, layer.lora_B["default"].weight = (
-                    nn.Parameter(a),
-                    nn.Parameter(b),
-                )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PEFT looks for a base model's config on the Hub and finds none
-                model.save_pretrained(path)
+
+        def fill(name: str, index: int) -> None:
+            layer = model.get_submodule(f"base_model.model.{name}")
+            a, b = factors(name, shapes[name], index, fixture, rank, seed)
+            layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
+
+        with _one_thread_each(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for i, path in enumerate(paths):
+                list(pool.map(fill, shapes, [i] * len(shapes)))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PEFT looks for a base model's config on the Hub and finds none
+                    model.save_pretrained(path)
         marker.write_text(json.dumps(wanted))
     return [str(p) for p in paths]

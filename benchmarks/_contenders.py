@@ -71,9 +71,10 @@ def read_only(job: dict) -> dict:
 def ours(job: dict) -> dict:
     from peft_attrsub import build_basis
 
+    groups = job.get("groups") or {"texture": job["adapters"]}
     with PeakMemory() as memory, Timer() as timer:
-        basis = build_basis({"texture": job["adapters"]}, dim=job["dim"], progress=False)
-    (record,) = basis.config.attributes
+        basis = build_basis(groups, dim=job["dim"], progress=False)
+    record = basis.config.attributes[0]
     result = timer.report() | {"memory": memory.report(), "iterations": record.iterations}
     if job.get("errors"):
         uv = {module: basis.factors(module, "texture") for module in basis.modules}

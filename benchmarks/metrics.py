@@ -1,6 +1,6 @@
 """How long do Acc, Comp and NC with ICP take on eight views of 518 x 518 pixels, and what do thinned-out queries cost?
 
-    python benchmarks/metrics.py [--points 2146592] [--rounds 3] [--cores 2] [--quick]
+    python benchmarks/metrics.py [--points 2146592] [--rounds 2] [--cores 2] [--full] [--quick]
 
 `point_metrics` as it is by default, the same with exact=True, and the straightforward way with Open3D, on the same two
 clouds. Every measurement is a process of its own, without torch.
@@ -24,7 +24,7 @@ from _metric_jobs import VALUES
 VIEWS = 8
 POINTS = VIEWS * 518 * 518
 CONTENDERS = ("default", "exact", "longest_icp", "open3d")
-ONCE = ("exact", "longest_icp")
+ONCE = ("exact", "longest_icp", "open3d")  # what takes longest, or repeats itself; with --full Open3D runs every round
 RULES = {
     "scene": "a box room with three balls, eight cameras, every pixel valid. The prediction is the truth with depth "
     "off by 1 % in broad waves and by 0.2 % from pixel to pixel, edges smeared by a Gaussian of one pixel, poses off "
@@ -38,7 +38,8 @@ RULES = {
     "open3d": "the straightforward pipeline on all points: compute_transformation with scaling on all pairs, "
     "registration_icp, estimate_normals of both clouds, core.nns.NearestNeighborSearch both ways for distances and "
     "indices (compute_point_cloud_distance gives no indices, and NC needs them)",
-    "seconds": "from two float32 arrays in memory to the numbers; imports are over. cpu_seconds: of all threads",
+    "seconds": "from two float32 arrays in memory to the numbers; imports are over. cpu_seconds: of all threads. "
+    "exact and longest_icp run once, and so does open3d without --full",
     "cores": "each process may use so many cores; both libraries are told",
     "memory": "high-water mark of the process above its value before the call, the two clouds not counted",
     "deviation": "largest relative difference from exact over the rounds, for each number",
@@ -63,7 +64,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
     runs: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
     for number in range(args.rounds):
         for name in CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]:
-            if (name in ONCE and number) or any("missing" in found for found in runs[name]):
+            once = name in ONCE and not (args.full and name == "open3d")
+            if (once and number) or any("missing" in found for found in runs[name]):
                 continue
             job = {"contender": name, "exact": name == "exact", "folder": str(folder), "cores": args.cores}
             found = child(job | {"seed": args.seed + number})
@@ -142,14 +144,16 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=POINTS, help=f"of each cloud, about; default {POINTS}")
-    parser.add_argument("--rounds", type=int, default=3, help="of all but the exact form, which runs once")
+    parser.add_argument("--rounds", type=int, help="of the default form; default 2, and 3 with --full")
     parser.add_argument("--cores", type=int, default=2, help="that each contender may use")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="three rounds, and of Open3D too: five minutes")
     parser.add_argument(
         "--quick", action="store_true", help="toy sizes: shows that the script works, measures nothing"
     )
     parser.add_argument("--output", help="JSON file; default results/metrics.json, and none with --quick")
     args = parser.parse_args()
+    args.rounds = (3 if args.full else 2) if args.rounds is None else args.rounds
     if args.quick:
         args.rounds, args.points = 1, min(args.points, 8000)
     if min(args.rounds, args.cores) < 1 or args.points < 100 * VIEWS:

@@ -1,6 +1,6 @@
 """How many pictures a second do the two renderers give, files included, and does memory stay flat over many scenes?
 
-    python benchmarks/render.py [--cycles-python PYTHON] [--scenes 50] [--quick]
+    python benchmarks/render.py [--cycles-python PYTHON] [--scenes 50] [--full] [--quick]
 
 Rooms of about 400,000 triangles from the recipe "mixed". Every measurement is a process of its own, without torch, as
 the workers that make datasets are. Cycles runs where bpy is: in this interpreter or in the one that is named.
@@ -155,7 +155,7 @@ def path_tracing(bench: Bench) -> dict | str:
     probed = alone({"kind": "probe", "packages": ["bpy", "OpenEXR", "PIL"]}, python)
     if "missing" in probed:
         return f"not measured: {probed['missing']}; name an interpreter that has it: --cycles-python"
-    size, views, rounds = (32, 2, 1) if bench.quick else (518, 3, 2)
+    size, views, rounds = (32, 2, 1) if bench.quick else (518, 3, 2) if bench.args.full else (518, 2, 1)
     settings = {"samples": 4, "denoise": True}
     found = alone(bench.job("cycles", size=size, views=views, rounds=rounds, **settings), python)
     means = [{key: mean(view[key] for view in one) for key in one[0]} for one in found["rounds"]]
@@ -241,16 +241,18 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles-python", metavar="PYTHON", help="an interpreter that has bpy; default this one")
-    parser.add_argument("--scenes", type=int, default=50, help="of the run whose memory is watched")
-    parser.add_argument("--rounds", type=int, default=3, help="of the ray caster")
+    parser.add_argument("--scenes", type=int, help="of the run whose memory is watched; default 50, 200 with --full")
+    parser.add_argument("--rounds", type=int, help="of the ray caster; default 2, and 3 with --full")
     parser.add_argument("--supersample", type=int, default=1, help="s x s rays a pixel, for the ray caster")
+    parser.add_argument("--full", action="store_true", help="more rounds, scenes and pictures by Cycles: five minutes")
     parser.add_argument(
         "--quick", action="store_true", help="toy sizes: shows that the script works, measures nothing"
     )
     parser.add_argument("--output", help="JSON file; default results/render.json, and none with --quick")
     args = parser.parse_args()
-    if args.quick:
-        args.rounds, args.scenes = 1, 3
+    rounds, scenes = (1, 3) if args.quick else (3, 200) if args.full else (2, 50)
+    args.rounds = rounds if args.rounds is None or args.quick else args.rounds
+    args.scenes = scenes if args.scenes is None or args.quick else args.scenes
     if min(args.rounds, args.scenes) < 1:
         parser.error("--rounds and --scenes must be 1 or more.")
     probed = alone({"kind": "probe", "packages": ["open3d", "PIL"]})

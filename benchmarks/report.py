@@ -1,6 +1,6 @@
 """How long from a saved basis to its report? analyse, write_report, save_figures at VGGT's size, and peak memory.
 
-    python benchmarks/report.py [--dims 16 64] [--work-dir DIR] [--quick]
+    python benchmarks/report.py [--dims 16] [--work-dir DIR] [--full] [--quick]
 
 Four attributes of ten LoRA adapters of rank 16 each (_adapters.py) on VGGT-1B's 192 aggregator linears are mined and
 saved before any clock starts. Every round is a process of its own, so that no null is remembered from the last one.
@@ -31,7 +31,8 @@ RULES = {
     "of all pairs on both sides, both nulls",
     "write_report": "from the Analysis to the HTML file, plotly.js included; html_mb: its size in 10^6 bytes",
     "explain": "captured_energy of one adapter of rank 16 on all modules: what each of --adapters adds to analyse",
-    "save_figures": "from the Analysis to all PNG files, with the import of matplotlib",
+    "save_figures": "from the Analysis to all PNG files, with the import of matplotlib; in the first round, "
+    "and with --full in every one",
     "peak_rss_mib": "the kernel's high-water mark of resident memory during analyse and write_report minus its value "
     "after the imports; mapped pages of the basis count. peak_anon_mib: anonymous memory only, sampled every 5 ms",
     "report_seconds": "analyse and write_report in the same round",
@@ -112,14 +113,16 @@ class Bench:
 def case(bench: Bench, dim: int, basis: str, task: str) -> dict:
     """All rounds at one dim."""
     args = bench.args
-    job = {"basis": basis, "task": task, "figures": args.figures}
+    job = {"basis": basis, "task": task}
     job |= {"draws": args.draws, "mismatches": args.mismatches, "seed": args.seed}
     rounds = []
     for round_ in range(args.rounds):
+        # The figures take longer than the rest together: once is enough, unless everything is to be repeated.
+        job["figures"] = args.figures and (round_ == 0 or args.full)
         rounds.append(measure(job) if bench.quick else alone(job))
         seconds = sum(rounds[-1]["stages"][name]["seconds"] for name in ("analyse", "write_report"))
         print(f"dim {dim}: round {round_ + 1} of {args.rounds}: {seconds:.1f} s", flush=True)
-    last = rounds[-1]
+    first = rounds[0]
     both = [r["stages"]["analyse"]["seconds"] + r["stages"]["write_report"]["seconds"] for r in rounds]
     memory = [r["memory"] for r in rounds]
     return {
@@ -127,19 +130,22 @@ def case(bench: Bench, dim: int, basis: str, task: str) -> dict:
         "attributes": len(bench.attributes),
         "adapters_each": bench.count,
         "rank": bench.rank,
-        **last["records"],
+        **first["records"],
         "stages": {
-            name: {key: summary(r["stages"][name][key] for r in rounds) for key in ("seconds", "cpu_seconds")}
-            for name in last["stages"]
+            name: {
+                key: summary(r["stages"][name][key] for r in rounds if name in r["stages"])
+                for key in ("seconds", "cpu_seconds")
+            }
+            for name in first["stages"]
         },
         "report_seconds": summary(both),
         **{
             key: max(m[key] for m in memory) if memory[0][key] is not None else None
             for key in ("peak_rss_mib", "peak_anon_mib")
         },
-        "html_mb": round(last["html_mb"], 3),
-        "json_mb": round(last["json_mb"], 3),
-        "figures": last["figures"],
+        "html_mb": round(first["html_mb"], 3),
+        "json_mb": round(first["json_mb"], 3),
+        "figures": first["figures"],
     }
 
 
@@ -184,18 +190,21 @@ def show(result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--dims", type=int, nargs="+", help="default 16, and 16 64 with --full")
     parser.add_argument("--draws", type=int, default=200, help="of random subspaces for a null")
     parser.add_argument("--mismatches", type=int, default=5, help="layers of the permutation null")
     parser.add_argument("--work-dir", help="where bases are written and kept; default a temporary folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default 2, and 3 with --full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", action=argparse.BooleanOptionalAction, default=True, help="time save_figures too")
+    parser.add_argument("--full", action="store_true", help="two dims, three rounds, the figures in each of them")
     parser.add_argument(
         "--quick", action="store_true", help="toy sizes: shows that the script works, measures nothing"
     )
     parser.add_argument("--output", help="JSON file; default results/report.json, and none with --quick")
     args = parser.parse_args()
+    dims, rounds = ([16, 64], 3) if args.full else ([16], 2)
+    args.dims, args.rounds = args.dims or dims, args.rounds or rounds
     if args.quick:
         args.dims, args.rounds, args.draws = [2, 4], 1, 10
     with tempfile.TemporaryDirectory() as scratch:

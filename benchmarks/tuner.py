@@ -1,10 +1,14 @@
 """What does a training step cost with each adapter? Time of forward + backward, and bytes kept for the backward pass.
 
-    python benchmarks/tuner.py [--tokens 1374 4096] [--rounds 7] [--quick]
+    python benchmarks/tuner.py [--tokens 1374 4096] [--blocks 1] [--rounds 4] [--device cuda] [--quick]
 
 A stack of transformer blocks of VGGT's size (width 1024, 16 heads, MLP 4096; no rotary embedding) on one sequence.
 The base is frozen and the input requires a gradient, so that the backward pass runs through every block, as it does
 below the top of a real network. Each contender adapts the four linears of every block, through stock PEFT.
+
+Beside it, one linear of each of VGGT's shapes, factored and folded (peft_attrsub/tuner/choice.py): where folding pays,
+what the two constants of the choice should be on this machine, and what the choice loses; and what is left of an
+update when the weights are bfloat16. --device cuda is written but has not been run.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import warnings
 
 import torch
 from _common import header, median, summary, table, write_result
+from _forward_modes import RULES as MODE_RULES
+from _forward_modes import bfloat16_errors, crossover, fit
 from peft import LoraConfig, PsoftConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +31,7 @@ from peft_attrsub import AttrSubspaceConfig
 
 TARGETS = ["qkv", "proj", "fc1", "fc2"]
 RULES = {
+    **MODE_RULES,
     "seconds": "one forward and one backward pass; contenders in turn within a round, their order rotated; median "
     "over rounds. ratio: median over rounds of contender / frozen base in the same round; cpu_ratio: the same of the "
     "CPU seconds of all threads, which other programs on the machine disturb less",
@@ -33,6 +40,7 @@ RULES = {
     "gflop": "matrix products of one step as torch's FlopCounterMode counts them; attention is left out where it does "
     "not know the kernel, for all contenders alike",
     "adapters": "as they are initialised by default, without dropout: a no-op costs as much as a trained adapter",
+    "peers": "VeRA and PSOFT run on the smallest number of tokens only, to keep the whole run short",
 }
 
 
@@ -57,20 +65,24 @@ class Block(nn.Module):
         return x + self.scale2 * self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
-def contenders(quick: bool) -> dict[str, object]:
+def contenders(quick: bool, peers: bool) -> dict[str, object]:
     """{name: PEFT config, None for the frozen base}."""
     small, middle, large = (2, 8, 16) if quick else (16, 64, 256)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found: dict[str, object] = {"frozen base": None}
         found |= {f"LoRA r={r}": LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS) for r in (small, middle, large)}
-        found[f"VeRA r={large}"] = VeraConfig(r=large, target_modules=TARGETS)
-        found[f"PSOFT r={middle}"] = PsoftConfig(
-            r=middle, psoft_alpha=middle, target_modules=TARGETS, psoft_svd="lowrank"
-        )
+        if peers:
+            found[f"VeRA r={large}"] = VeraConfig(r=large, target_modules=TARGETS)
+            found[f"PSOFT r={middle}"] = PsoftConfig(
+                r=middle, psoft_alpha=middle, target_modules=TARGETS, psoft_svd="lowrank"
+            )
         found |= {
-            f"attrsub D={d}": AttrSubspaceConfig(basis="random", dim=d, target_modules=TARGETS)
-            for d in (2 * small, middle, large)
+            f"attrsub D={d} {mode}": AttrSubspaceConfig(
+                basis="random", dim=d, target_modules=TARGETS, forward_mode=mode
+            )
+            for d in (middle, large)
+            for mode in ("factored", "folded", "auto")
         }
     return found
 
@@ -80,12 +92,20 @@ def build(stack: nn.Module, config: object) -> nn.Module:
     return model if config is None else get_peft_model(model, config)
 
 
+def wait(x: Tensor) -> None:
+    """Until the accelerator has done what it was asked."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
 def step(model: nn.Module, x: Tensor, upstream: Tensor) -> tuple[float, float, float]:
     """Seconds of forward and of backward, CPU seconds of both; gradients are dropped afterwards."""
     cpu, start = time.process_time(), time.perf_counter()
     y = model(x)
+    wait(x)
     between = time.perf_counter()
     y.backward(upstream)
+    wait(x)
     end, cpu = time.perf_counter(), time.process_time() - cpu
     for leaf in (x, *model.parameters()):
         leaf.grad = None
@@ -124,10 +144,11 @@ def flops(model: nn.Module, x: Tensor, upstream: Tensor) -> int:
 def measure(tokens: int, depth: int, rounds: int, args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     width, heads = (32, 2) if args.quick else (1024, 16)
-    stack = nn.Sequential(*(Block(width, heads) for _ in range(depth))).requires_grad_(False)
-    x = torch.randn(tokens, width, requires_grad=True)
-    upstream = torch.randn(tokens, width) / tokens
-    models = {name: build(stack, config) for name, config in contenders(args.quick).items()}
+    stack = nn.Sequential(*(Block(width, heads) for _ in range(depth))).requires_grad_(False).to(args.device)
+    x = torch.randn(tokens, width, device=args.device, requires_grad=True)
+    upstream = torch.randn(tokens, width, device=args.device) / tokens
+    configs = contenders(args.quick, peers=tokens == min(args.tokens))
+    models = {name: build(stack, config) for name, config in configs.items()}
     saved = {name: saved_bytes(model, x) for name, model in models.items()}
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     names = list(models)
@@ -175,11 +196,38 @@ def show(case: dict) -> None:
     table(f"{case['blocks']} block(s) of width {case['width']}, {case['tokens']} tokens", columns, rows)
 
 
+def targets(cases: list[dict], quick: bool) -> list[dict]:
+    """The limits that the project has set itself; times count from 4096 tokens on."""
+    small, middle, large = (2, 8, 16) if quick else (16, 64, 256)
+    found: list[dict] = []
+
+    def add(target: str, measured: float, limit: float) -> None:
+        found.append({"target": target, "measured": measured, "reached": measured <= limit})
+
+    for case in cases:
+        rows, tokens = case["contenders"], case["tokens"]
+        if tokens >= 4096 or quick:
+            for dim, limit in ((middle, 1.08), (large, 1.25)):
+                add(
+                    f"step at D={dim}, auto, {tokens} tokens <= {limit} x base",
+                    rows[f"attrsub D={dim} auto"]["ratio"],
+                    limit,
+                )
+        for dim in (middle, large):
+            slower = rows[f"attrsub D={dim} auto"]["ratio"] / rows[f"LoRA r={dim}"]["ratio"]
+            add(f"step at D={dim}, auto, {tokens} tokens <= 1 x LoRA r={dim}", round(slower, 4), 1.0)
+        saved = rows[f"attrsub D={middle} auto"]["saved_mib"] / rows[f"LoRA r={small}"]["saved_mib"]
+        add(f"saved at D={middle}, auto, {tokens} tokens <= 0.70 x LoRA r={small}", round(saved, 4), 0.70)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1374, 4096])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=1, help="blocks in the stack")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (not run so far)")
     parser.add_argument(
         "--quick", action="store_true", help="toy sizes: shows that the script works, measures nothing"
     )
@@ -187,12 +235,28 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.rounds = [12], 2
-    result = header("tuner", args.seed, args.quick, rounds=args.rounds, targets=TARGETS, dtype="float32", device="cpu")
-    # Two blocks, so that the backward pass of the upper one feeds the lower; one where a step takes seconds.
-    result["cases"] = [measure(tokens, 2 if tokens < 2048 else 1, args.rounds, args) for tokens in args.tokens]
+    settings = {"rounds": args.rounds, "targets": TARGETS, "dtype": "float32", "device": args.device}
+    result = header("tuner", args.seed, args.quick, **settings)
+    result["cases"] = [measure(tokens, args.blocks, args.rounds, args) for tokens in args.tokens]
+    result["crossover"] = crossover(args.quick, max(2, args.rounds - 1), args.seed, args.device)
+    result["choice"] = fit(result["crossover"])
+    result["bfloat16"] = bfloat16_errors(args.quick, args.seed, args.device)
+    result["targets"] = targets(result["cases"], args.quick)
     result["rules"] = RULES
     for case in result["cases"]:
         show(case)
+    columns = ["W", "tokens", "D", "pass", "thin ms", "folded ms", "thin / folded", "auto"]
+    rows = [
+        [f"{r['n']}x{r['m']}", r["tokens"], r["d"], r["pass"], r["thin_ms"], r["folded_ms"], r["ratio"], r["auto"]]
+        for r in result["crossover"]
+    ]
+    table("One linear: what the update adds to the base", columns, rows)
+    table("The choice", ["", "value"], [[key, value] for key, value in result["choice"].items()])
+    columns = ["|dW| / |W|", "factored", "folded"]
+    rows = [[r["relative_update"], r["factored"], r["folded"]] for r in result["bfloat16"]]
+    table("bfloat16: relative error of the update against float64", columns, rows)
+    columns = ["target", "measured", "reached"]
+    table("Targets", columns, [[t[key] for key in columns] for t in result["targets"]])
     write_result(result, "tuner", args.output, args.quick)
 
 

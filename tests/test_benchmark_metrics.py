@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_metrics_runs(tmp_path: Path) -> None:
+def test_metrics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scipy", reason="the metrics need scipy")
     output = tmp_path / "new" / "result.json"
     done = run("--quick", "--points", "3200", "--cores", "1", "--seed", "5", "--output", str(output))
@@ -49,6 +50,9 @@ def test_metrics_runs(tmp_path: Path) -> None:
     assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
     assert len(result["targets"]) == (3 if isinstance(contenders["open3d"], str) else 5)
     assert "Targets" in done.stdout
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    text = importlib.import_module("pages.metrics").markdown(json.loads(output.read_text()))
+    assert "3,200 points" in text and all(target["target"] in text for target in result["targets"])
     # Quick runs publish nothing unless told where.
     assert [p.name for p in output.parent.iterdir()] == ["result.json"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATISTICS = {"median", "min", "max", "rounds"}
 
 
-def test_render_runs(tmp_path: Path) -> None:
+def test_render_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open3d", reason="the ray caster needs open3d")
     pytest.importorskip("PIL", reason="pictures are written by Pillow")
     output = tmp_path / "new" / "result.json"
@@ -50,5 +51,8 @@ def test_render_runs(tmp_path: Path) -> None:
     assert len(result["targets"]) == (6 if isinstance(cycles, str) else 8)
     assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
     assert "Targets" in done.stdout and "BlenderProc" in done.stdout
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    text = importlib.import_module("pages.render").markdown(result)
+    assert "24 px, 2 processes" in text and all(target["target"] in text for target in result["targets"])
     # Quick runs publish nothing unless told where.
     assert [p.name for p in output.parent.iterdir()] == ["result.json"]

@@ -68,6 +68,18 @@ def texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+def check_page(find: Any, name: str, output: Path, result: dict[str, Any]) -> None:
+    """The page of the benchmark reads what it has just written, and says what was asked and what came out."""
+    readme = find("write_readme")
+    page = readme.found_pages()[name]
+    if page is None:  # tests/test_benchmark_readme.py asks for it
+        return
+    text = readme.body(name, page, output)
+    assert "older form" not in text and "Not measured" not in text
+    assert "\n| --- |" in text
+    assert all(target["target"] in text for target in result.get("targets", []))
+
+
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a module of the folder as the scripts do."""
@@ -79,7 +91,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     return find
 
 
-def test_build_basis_runs(tmp_path: Path) -> None:
+def test_build_basis_runs(tmp_path: Path, module: Any) -> None:
     output = tmp_path / "new" / "result.json"
     printed = run("build_basis", "--output", str(output), "--work-dir", str(tmp_path / "adapters"))
     result = json.loads(output.read_text())
@@ -97,19 +109,21 @@ def test_build_basis_runs(tmp_path: Path) -> None:
     for peer in ("vlora", "lorashare"):
         assert result["contenders"][peer] == "not installed" or result["contenders"][peer]["seconds"]["median"] > 0
     assert all(0 < row["error"] <= row["worst"] <= 1 for row in result["error_study"] if row["contender"] == "ours")
-    assert {axis: len(lines) for axis, lines in result["scaling"].items()} == {"k": 3, "m": 2}
+    assert {axis: len(lines) for axis, lines in result["scaling"].items()} == {"k": 3, "r": 2, "m": 2, "n": 2}
+    assert result["large"].keys() == {"four_attributes", "many_adapters"}
     assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
     assert "Targets" in printed
+    check_page(module, "build_basis", output, result)
 
 
-def test_tuner_runs(tmp_path: Path) -> None:
+def test_tuner_runs(tmp_path: Path, module: Any) -> None:
     output = tmp_path / "result.json"
     run("tuner", "--output", str(output))
     result = json.loads(output.read_text())
     check_header(result, "tuner")
     (case,) = result["cases"]
     rows = case["contenders"]
-    assert [name.split()[0] for name in rows] == ["frozen", *["LoRA"] * 3, "VeRA", "PSOFT", *["attrsub"] * 3]
+    assert [name.split()[0] for name in rows] == ["frozen", *["LoRA"] * 3, "VeRA", "PSOFT", *["attrsub"] * 6]
     for name, row in rows.items():
         for key in ("forward_seconds", "backward_seconds", "seconds"):
             assert row[key].keys() == STATISTICS
@@ -117,10 +131,22 @@ def test_tuner_runs(tmp_path: Path) -> None:
         assert (row["trainable_parameters"] > 0) is (name != "frozen base")
     # A core keeps tokens x D for its gradient, per linear; LoRA keeps its input of tokens x m as well.
     assert rows["frozen base"]["saved_over_base_mib"] == 0
-    assert 0 < rows["attrsub D=16"]["saved_over_base_mib"] < rows["LoRA r=16"]["saved_over_base_mib"]
+    for mode in ("factored", "folded", "auto"):
+        assert 0 < rows[f"attrsub D=16 {mode}"]["saved_over_base_mib"] < rows["LoRA r=16"]["saved_over_base_mib"]
+    # Two shapes, two numbers of tokens, three passes.
+    assert len(result["crossover"]) == 12 and {row["pass"] for row in result["crossover"]} == {
+        "forward",
+        "backward",
+        "inference",
+    }
+    assert 0 <= result["choice"]["fitted_lost"] <= result["choice"]["lost"]
+    for row in result["bfloat16"]:
+        assert 0 < row["factored"] < 0.02 and row["factored"] < row["folded"]
+    assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
+    check_page(module, "tuner", output, result)
 
 
-def test_vggt_runs(tmp_path: Path) -> None:
+def test_vggt_runs(tmp_path: Path, module: Any) -> None:
     output = tmp_path / "result.json"
     printed = run("vggt", "--device", "cpu", "--frames", "2", "--output", str(output))
     result = json.loads(output.read_text())
@@ -131,10 +157,38 @@ def test_vggt_runs(tmp_path: Path) -> None:
     # Four frame and global blocks, of which the heads read all.
     assert cases["forward"]["kept_mib"] == cases["forward, all layers kept"]["kept_mib"] > 0
     assert "training step" in printed
+    check_page(module, "vggt", output, result)
+
+
+def test_vggt_of_several_sizes_in_bf16(tmp_path: Path, module: Any) -> None:
+    output = tmp_path / "result.json"
+    sizes = ("--lora", "2", "4", "--dims", "2", "4", "--precision", "bfloat16")
+    run("vggt", "--device", "cpu", "--frames", "1", *sizes, "--output", str(output))
+    result = json.loads(output.read_text())
+    cases = {case["kind"]: case for case in result["cases"]}
+    trained = ["LoRA r=2", "LoRA r=4", "cores D=2", "cores D=4", "cores D=2, encoder frozen"]
+    trained += ["cores D=2, checkpointed", "cores D=4, checkpointed"]
+    assert list(cases) == ["forward", "forward, all layers kept", *trained]
+    # 4 + 4 blocks of four linears: a core each.
+    assert [cases[f"cores D={d}"]["trainable_parameters"] for d in (2, 4)] == [32 * 4, 32 * 16]
+    assert cases["LoRA r=4"]["trainable_parameters"] == 2 * cases["LoRA r=2"]["trainable_parameters"]
+    check_page(module, "vggt", output, result)
+
+
+def test_vggt_on_a_gpu_measures_every_size_with_and_without_checkpointing(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vggt = module("vggt")
+    monkeypatch.setattr(sys, "argv", ["vggt.py", "--device", "cuda"])
+    args = vggt.arguments()
+    assert (args.preset, args.precision, args.frames) == ("vggt-1b", "autocast", [1, 4, 8, 16])
+    plain = ["LoRA r=16", "LoRA r=64", "LoRA r=256", "cores D=64", "cores D=256"]
+    assert vggt.training_kinds(args, gpu=True) == [*plain, *(f"{name}, checkpointed" for name in plain)]
+    assert vggt.VggtConfig(**vggt.SIZES[args.preset]).image_size == 518
 
 
 @pytest.mark.parametrize("figures", [True, False])
-def test_report_runs(tmp_path: Path, figures: bool) -> None:
+def test_report_runs(tmp_path: Path, figures: bool, module: Any) -> None:
     output = tmp_path / "result.json"
     flag = "--figures" if figures else "--no-figures"
     printed = run("report", flag, "--output", str(output), "--work-dir", str(tmp_path / "work"))
@@ -156,6 +210,7 @@ def test_report_runs(tmp_path: Path, figures: bool) -> None:
         assert (case["modules"], case["spectra"], case["overlaps"], case["adapters"]) == (8, 16, 16, 6)
     assert all({"target", "measured", "reached"} == t.keys() for t in result["targets"])
     assert "Targets" in printed
+    check_page(module, "report", output, result)
     # The bases are kept for the next run, the adapters they were mined from are not.
     (kept,) = (tmp_path / "work").iterdir()
     assert {p.name for p in kept.iterdir()} == {"basis-2", "basis-4", "task"}
