@@ -29,12 +29,19 @@ class Loaded:
 
 
 def load_base(name: str, random_weights: int | None = None) -> VggtModel:
-    """VGGT by folder or Hub id with the heads for cameras and depth, on the CPU; with a seed, an untrained preset."""
+    """VGGT by folder, Hub id or the name of the trained vggt-mini of this repository, on the CPU, float32, with the
+    heads for cameras and depth; with a seed, an untrained preset."""
     heads = ["camera", "depth"]
     if random_weights is None:
         return VggtModel.from_pretrained(name, heads=heads)
     torch.manual_seed(random_weights)
     return VggtModel(VggtConfig.preset(name, heads=heads))
+
+
+def load_config(name: str, random_weights: int | None = None) -> VggtConfig:
+    """The sizes of what `load_base` would load."""
+    config: VggtConfig = VggtConfig.preset(name) if random_weights is not None else VggtConfig.from_pretrained(name)
+    return config
 
 
 def load_model(

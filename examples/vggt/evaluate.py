@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--adapter", help="folder or Hub id of a PEFT adapter; without one, the model as it is")
     model.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
     model.add_argument("--random-weights", type=int, metavar="SEED", help="untrained; --model is then a preset")
-    model.add_argument("--image-size", type=int, default=518, help="width in pixels that VGGT sees (default: 518)")
+    model.add_argument("--image-size", type=int, help="width in pixels that VGGT sees (default: its own, 518)")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
     how = out.add_argument_group("the protocol (defaults: the release's)")
     how.add_argument("--align", choices=("sim3+icp", "sim3", "scale", "median", "none"), help="of point maps")
@@ -86,8 +86,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is missing: see --help.")
     if args.merge and not args.adapter:
         raise ValueError("--merge folds an adapter into the weights: give --adapter as well.")
-    if args.image_size < 14 or args.image_size % 14:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of 14, the side of VGGT's patches.")
     if args.split is not None and args.benchmark not in ("human", "clearpose"):
         raise ValueError(f"--split is for human and clearpose: {args.benchmark} has no splits.")
     share(args)
@@ -145,6 +143,12 @@ def evaluate(args: argparse.Namespace) -> int:
     dtype = args.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    patch, own = (
+        getattr(_model.load_config(args.model, args.random_weights), k) for k in ("patch_size", "image_size")
+    )
+    width = own if args.image_size is None else args.image_size
+    if width < patch or width % patch:
+        raise ValueError(f"--image-size {width} is not a multiple of {patch}, the side of this VGGT's patches.")
     how = How(
         metrics=rules.metrics,
         transparent=rules.name == "clearpose",
@@ -155,7 +159,7 @@ def evaluate(args: argparse.Namespace) -> int:
         depth_scope=args.depth_scope,
         max_queries=args.max_queries,
         exact=args.exact,
-        image_size=args.image_size,
+        image_size=width,
         dtype=dtype,
         seed=args.seed,
         workers=-1 if state.num_processes == 1 else 1,

@@ -180,7 +180,7 @@ def test_a_dim_that_is_none_is_refused(settings: ModuleType, words: list[str]) -
         (["--gradient-checkpointing", "heads"], r"'heads' is unknown: give one of encoder, frame"),
         (["--adalora-init-rank", "16"], r"--adalora-init-rank 16 must be above --rank 16"),
         (["--adalora-warm", "0.7"], r"leave no steps in which ranks fall"),
-        (["--image-size", "500"], r"--image-size 500 is no multiple of 14"),
+        (["--image-size", "0"], r"--image-size is 0: give 1 or more"),
         (["--views-min", "9", "--views-max", "8"], r"--views-min 9 and --views-max 8"),
         (["--images-per-step", "8"], r"--images-per-step 8 is less than one scene of --views-max 16"),
         (["--accumulate", "4"], r"cannot hold a scene of --views-max 16 each: 64 images would"),

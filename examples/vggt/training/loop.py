@@ -49,8 +49,9 @@ class StepResult:
 class Loop:
     """Everything a step needs. model: as accelerate prepared it. groups: trained parameters by their part.
 
-    clip: largest norm, of each group or (clip_groups False) of all together; 0: no limit. lr: of a step. dtype: of
-    autocast, None for float32. after: called with the step once the optimiser has moved (AdaLoRA's ranks, an average).
+    clip: largest norm, of each group or (clip_groups False) of all together; 0: no limit. lr: of a step; a group of
+    the optimiser may have a "ratio" to it. dtype: of autocast, None for float32. after: called with the step once the
+    optimiser has moved (AdaLoRA's ranks, an average).
     guard: counts the steps that are left out, and ends the run. bad_batch: the micro-batch behind the last of them.
     """
 
@@ -99,7 +100,7 @@ class Loop:
         rate = self.lr(number)
         if not left_out:
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("ratio", 1.0)
             self.optimizer.step()
             for act in self.after:
                 act(number)

@@ -68,6 +68,18 @@ class Built:
         """The VGGT itself, with the adapter's layers in it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    def optimizer_groups(self, lora_a_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """What is trained, for an optimiser; `Loop` multiplies the learning rate of a group by its "ratio".
+
+        lora_a_ratio: of the factors lora_A. They start at random and lora_B at 0, so that at equal rates a short
+        training leaves lora_A about where it was (the same idea as LoRA+, arXiv 2402.12354, for the other factor).
+        """
+        factors = [p for name, p in self.named.items() if "lora_A" in name and lora_a_ratio != 1]
+        chosen = {id(p) for p in factors}
+        rest = [p for p in self.named.values() if id(p) not in chosen]
+        groups = [(rest, 1.0), (factors, float(lora_a_ratio))]
+        return [{"params": part, "ratio": ratio} for part, ratio in groups if part]
+
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss (AdaLoRA's orthogonality), or None; nobody else adds it."""
         return None if self.adalora is None else self.adalora.penalty()

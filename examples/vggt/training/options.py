@@ -18,7 +18,6 @@ METHODS: tuple[str, ...] = ("full", "lora", "pissa", "adalora", "psv", "random",
 CORES = ("psv", "random", "attrsub")
 #: Parts of the model whose blocks can recompute their activations.
 CHECKPOINTED = ("encoder", "frame", "global", "camera")
-_PATCH = 14
 
 
 def _set(default: Any, text: str) -> Any:
@@ -159,16 +158,11 @@ class DataSettings:
     workers: int = _set(8, "processes that read and change images (ours)")
 
     def __post_init__(self) -> None:
-        if self.image_size < _PATCH or self.image_size % _PATCH:
-            raise ValueError(f"--image-size {self.image_size} is no multiple of {_PATCH}, the side of VGGT's patches.")
+        _at_least("image_size", self.image_size, 1)
         for name in ("views", "aspect", "crop"):
             low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
             if not 0 < low <= high:
                 raise ValueError(f"--{name}-min {low} and --{name}-max {high}: expected 0 < min <= max.")
-        if self.aspect_max * self.image_size < _PATCH or self.aspect_min * self.image_size < _PATCH:
-            raise ValueError(
-                f"--aspect-min {self.aspect_min} of {self.image_size} pixels is less than one patch of {_PATCH}."
-            )
         if self.images_per_step < self.views_max:
             raise ValueError(
                 f"--images-per-step {self.images_per_step} is less than one scene of --views-max {self.views_max}."
@@ -184,6 +178,17 @@ class DataSettings:
         _at_least("window", self.window, 1)
         _at_least("eval_limit", self.eval_limit, 1)
 
+    def check_patch(self, patch: int) -> None:
+        """ValueError where images of this size cannot be cut into patches of the model's side."""
+        if self.image_size % patch:
+            raise ValueError(
+                f"--image-size {self.image_size} is no multiple of {patch}, the side of this VGGT's patches."
+            )
+        if self.aspect_max * self.image_size < patch or self.aspect_min * self.image_size < patch:
+            raise ValueError(
+                f"--aspect-min {self.aspect_min} of {self.image_size} pixels is less than one patch of {patch}."
+            )
+
 
 @dataclass
 class TrainSettings:
@@ -196,6 +201,7 @@ class TrainSettings:
     lr: float = _set(1e-5, "peak")
     lr_start: float = _set(1e-8, "before the linear warm-up")
     lr_final: float = _set(1e-8, "after the cosine")
+    lora_a_ratio: float = _set(1.0, "lora_A learns so many times as fast: it starts at random, lora_B at 0 (ours)")
     warmup_share: float = _set(0.05, "of the steps")
     weight_decay: float = _set(0.05, "of AdamW, on everything that is trained")
     beta1: float = _set(0.9, "of AdamW")
@@ -230,6 +236,8 @@ class TrainSettings:
                 f"--lr {self.lr}, --lr-start {self.lr_start}, --lr-final {self.lr_final}: expected lr > 0 and the "
                 "others 0 or more."
             )
+        if not self.lora_a_ratio > 0:
+            raise ValueError(f"--lora-a-ratio is {self.lora_a_ratio}: give a number above 0.")
         _probability("warmup_share", self.warmup_share)
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:

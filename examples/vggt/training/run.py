@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import yaml
-from _model import load_base
+from _model import load_base, load_config
 from accelerate import Accelerator
 
 from peft_attrsub.datasets import MultiViewDataset
 from peft_attrsub.evaluation.files import write_atomically
-from peft_attrsub.vggt import VggtConfig, VggtLoss, VggtModel
+from peft_attrsub.vggt import VggtLoss, VggtModel
 
 from . import checkpoints
 from .augment import Augmentation
@@ -106,7 +106,10 @@ def run(
         _same_settings(out, model, data, train)
     if (done := _finished(out)) is not None:
         return done
-    patch = vggt.config.patch_size if vggt is not None else VggtConfig().patch_size
+    # The config alone: data that does not fit is refused before gigabytes of weights are read.
+    config = vggt.config if vggt is not None else load_config(model.model, model.random_weights)
+    patch = config.patch_size
+    data.check_patch(patch)
     dataset, learn, held = open_data(data, patch)
     built = build(vggt or load_vggt(model), model, steps=train.steps, seed=train.seed)
     try:
@@ -211,7 +214,10 @@ class _Work:
         rank, world = accelerator.process_index, accelerator.num_processes
         self.batches = TrainingData(dataset, learn, plan, Augmentation.of(data), rank, world)
         optimizer = torch.optim.AdamW(
-            list(built.named.values()), lr=train.lr, betas=(train.beta1, train.beta2), weight_decay=train.weight_decay
+            built.optimizer_groups(train.lora_a_ratio),
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            weight_decay=train.weight_decay,
         )
         self.model, self.optimizer = accelerator.prepare(built.model, optimizer)
         self.loss = VggtLoss(
