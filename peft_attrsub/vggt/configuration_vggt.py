@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from .shipped import find_shipped
+
 HEADS = ("camera", "depth", "point")
 
 
@@ -27,7 +29,7 @@ class VggtConfig(PreTrainedConfig):
         dpt_features, dpt_channels: widths of the depth and point heads. dpt_layers: the four aggregator
             layers that they read.
         dpt_frames_chunk: frames that a DPT head works on at a time; bounds its memory, changes no result.
-        initializer_range: standard deviation of new weights.
+        initializer_range: standard deviation of new weights. token_std: of new class, camera and register tokens.
     """
 
     model_type = "vggt"
@@ -60,6 +62,7 @@ class VggtConfig(PreTrainedConfig):
         dpt_layers: tuple[int, ...] | list[int] | None = None,
         dpt_frames_chunk: int = 8,
         initializer_range: float = 0.02,
+        token_std: float = 1e-6,
         **kwargs: Any,
     ) -> None:
         self.image_size = kwargs.pop("img_size", image_size)
@@ -83,6 +86,7 @@ class VggtConfig(PreTrainedConfig):
         self.dpt_layers = _read_layers(depth) if dpt_layers is None else list(dpt_layers)
         self.dpt_frames_chunk = dpt_frames_chunk
         self.initializer_range = initializer_range
+        self.token_std = token_std
         super().__init__(**kwargs)
         self._check()
 
@@ -108,6 +112,13 @@ class VggtConfig(PreTrainedConfig):
             raise ValueError(f"dpt_layers={self.dpt_layers} reads layers that depth={self.depth} does not have.")
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers does it; "vggt-mini" is the one of this repository."""
+        return super().get_config_dict(find_shipped(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
     def preset(cls, name: str, **changes: Any) -> VggtConfig:
         """ "vggt-1b" (facebook/VGGT-1B) or "vggt-mini" (about 5 M parameters), with changes by keyword."""
         if name not in _PRESETS:
@@ -122,14 +133,18 @@ def _read_layers(depth: int) -> list[int]:
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "vggt-1b": {},
+    # Made to be trained from scratch: LayerScale and tokens start large enough to be heard at once.
     "vggt-mini": {
-        "image_size": 224,
+        "image_size": 80,
+        "patch_size": 8,
         "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 4,
+        "depth": 6,
+        "num_heads": 2,
+        "layer_scale_init": 0.2,
+        "token_std": 0.02,
         "encoder_depth": 4,
-        "encoder_num_heads": 4,
-        "camera_depth": 2,
+        "encoder_num_heads": 2,
+        "camera_depth": 1,
         "camera_num_heads": 4,
         "dpt_features": 48,
         "dpt_channels": (48, 64, 96, 96),

@@ -16,6 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_vggt import VggtConfig
+from .shipped import find_shipped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,6 +89,13 @@ class VggtImageProcessor(BaseImageProcessor):
         self.image_size = image_size
         self.patch_size = patch_size
         self.pad_views = pad_views
+
+    @classmethod
+    def get_image_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers does it; "vggt-mini" is the one of this repository."""
+        return super().get_image_processor_dict(find_shipped(pretrained_model_name_or_path), **kwargs)
 
     def preprocess(
         self,

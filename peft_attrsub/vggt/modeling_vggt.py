@@ -24,6 +24,7 @@ from .configuration_vggt import HEADS, VggtConfig
 from .dpt_head import DptHead
 from .encoder import Encoder
 from .losses import VggtLoss
+from .shipped import SHIPPED, find_shipped
 
 _TRUTH = ("depths", "extrinsics", "intrinsics", "point_masks", "world_points")
 _IGNORED = ("return_dict", "output_attentions", "output_hidden_states")
@@ -76,7 +77,7 @@ class VggtPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
+        std, tokens = self.config.initializer_range, self.config.token_std
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
@@ -88,12 +89,12 @@ class VggtPreTrainedModel(PreTrainedModel):
             init.constant_(module.gamma, module.init)
         elif isinstance(module, Encoder):
             init.trunc_normal_(module.pos_embed, std=std)
-            init.normal_(module.cls_token, std=1e-6)
-            init.normal_(module.register_tokens, std=1e-6)
+            init.normal_(module.cls_token, std=tokens)
+            init.normal_(module.register_tokens, std=tokens)
             init.zeros_(module.mask_token)
         elif isinstance(module, Aggregator):
-            init.normal_(module.camera_token, std=1e-6)
-            init.normal_(module.register_token, std=1e-6)
+            init.normal_(module.camera_token, std=tokens)
+            init.normal_(module.register_token, std=tokens)
         elif isinstance(module, CameraHead):
             init.zeros_(module.empty_pose_tokens)
 
@@ -118,6 +119,19 @@ class VggtModel(VggtPreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = {rf"^({absent})_head\."}
         self._checkpointing = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VggtModel:
+        """As transformers does it, from a folder or the Hub; "vggt-mini" is the small trained VGGT of this repository.
+
+        Its weights are stored in bfloat16 and loaded as float32, unless dtype= says otherwise.
+        """
+        given = pretrained_model_name_or_path
+        model: VggtModel = super().from_pretrained(find_shipped(given), *args, **kwargs)
+        # Adapters name their base: a word that holds anywhere, not this machine's folder.
+        if given in SHIPPED:
+            model.name_or_path = model.config.name_or_path = given
+        return model
 
     def get_input_embeddings(self) -> nn.Module:
         """The encoder: what comes out of it is the input of the blocks that are trained."""

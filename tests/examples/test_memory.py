@@ -100,7 +100,7 @@ def test_what_is_counted_is_what_is_kept(
     model = build(method, size)
     if method == "frozen heads":
         assert not any(p.requires_grad for p in base(model).depth_head.parameters())
-    views, height, width = 3, 112, 84
+    views, height, width = 3, 112, 80
     norm = torch.nn.functional.layer_norm
     if low:  # CUDA's autocast widens the inputs of norms, the CPU's does not
         monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *rest, **more: norm(x.float(), *rest, **more))
@@ -183,7 +183,7 @@ def test_what_is_trained_is_read_off_the_model(memory: ModuleType) -> None:
     ada = memory.describe(build("adalora"))
     assert (ada.keeps_inputs, ada.width, ada.head_width) == (True, 6, 0)
     model = build("frozen heads")
-    assert memory.describe(model).trainable == 4 * 4 * 2 * 16 * 16  # 4 matrices, 4 layers, frame and global
+    assert memory.describe(model).trainable == 4 * 6 * 2 * 16 * 16  # 4 matrices, 4 layers, frame and global
     weights = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     bases = sum(16 * (n + m) for n, m in ((384, 128), (128, 128), (512, 128), (128, 512))) * 8
     assert memory.describe(model).frozen_bytes == 4 * (weights + bases)

@@ -20,8 +20,15 @@ def on_path() -> None:
 
 
 def tiny_config(**changes: Any) -> VggtConfig:
-    sizes = {"image_size": 56, "embed_dim": 32, "depth": 4, "num_heads": 2, "encoder_depth": 1, "encoder_num_heads": 2}
-    sizes |= {"camera_depth": 1, "camera_num_heads": 2, "dpt_features": 16, "dpt_channels": (16, 16, 16, 16)}
+    sizes = {"image_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    sizes |= {
+        "encoder_depth": 1,
+        "encoder_num_heads": 2,
+        "camera_depth": 1,
+        "camera_num_heads": 2,
+        "dpt_features": 16,
+        "dpt_channels": (16, 16, 16, 16),
+    }
     return VggtConfig.preset("vggt-mini", **(sizes | {"heads": ["camera", "depth"]} | changes))
 
 

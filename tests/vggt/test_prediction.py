@@ -19,7 +19,8 @@ from peft_attrsub.vggt.prediction import VggtPrediction, predict
 
 def mini(**changes: object) -> VggtModel:
     torch.manual_seed(0)
-    model = VggtModel(VggtConfig.preset("vggt-mini", image_size=112, depth=2, encoder_depth=1, **changes)).eval()
+    sizes = {"image_size": 112, "patch_size": 14, "depth": 2, "encoder_depth": 1}
+    model = VggtModel(VggtConfig.preset("vggt-mini", **sizes, **changes)).eval()
     if "camera" in model.config.heads:  # a fresh head looks nowhere: fields of view near zero
         with torch.no_grad():
             model.camera_head.pose_branch.fc2.bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.1, 0.2, -0.1, 0.2, 0.2, 0.3]))
