@@ -9,9 +9,11 @@ TORCH ?= torch
 WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-cycles lint bench clean help
+.PHONY: demo demo-digits test test-slow test-cycles lint bench clean help
 
-demo: .venv/.stamp-demo  ## the method end to end on handwritten digits, on a CPU
+demo: demo-digits  ## the method end to end, on a CPU
+
+demo-digits: .venv/.stamp-demo  ## the same, by name: on handwritten digits
 	$(BIN)/python examples/digits.py
 
 test: .venv/.stamp-dev .venv/.stamp-system  ## the tests, without the slow ones
@@ -28,13 +30,18 @@ lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.stamp-dev  ## speed and memory of mining, tuning, reports and VGGT; tables, and JSON in benchmarks/results
+bench: .venv/.stamp-dev  ## speed and memory of everything, in under 20 minutes; JSON, tables and plots in benchmarks
 	$(BIN)/python benchmarks/build_basis.py
+	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/tuner.py
-	$(BIN)/python benchmarks/metrics.py
-	$(BIN)/python benchmarks/render.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/mixed.py
+	$(BIN)/python benchmarks/hotswap.py
+	$(BIN)/python benchmarks/checkpoint_size.py
 	$(BIN)/python benchmarks/vggt.py
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/render.py $(addprefix --cycles-python ,$(wildcard .venv-cycles/bin/python))
+	$(BIN)/python benchmarks/write_readme.py
 
 clean:  ## remove .venv, caches and build outputs
 	rm -rf .venv .venv-cycles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

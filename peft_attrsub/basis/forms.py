@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import add_gram, cholesky_r, gram_eigh, mirrored, product_norm, resolved, thin_product
+from .linalg import add_gram, add_product, cholesky_r, gram_eigh, mirrored, product_norm, resolved, thin_product
 from .matrix_free import block_width, leading_svd
 
 Triplet = tuple[Tensor, Tensor, Tensor]
@@ -27,8 +27,10 @@ _PATIENCE = (8, 60)
 _CANCELS = 1e-4
 # Residual, relative to s_1, up to which C in its own precision is iterated on, and passes for it.
 _ROUGH, _ROUGH_PASSES = 1e-4, 50
+# Residual, relative to s_1, of triplets by P and Q: values are right to 1e-14 then, and U and V are kept in float32.
+_FINE = 1e-7
 # Columns of the larger side, or of the stacked rank, that are converted to another precision at a time.
-_SLAB = 512
+_SLAB, _WIDE_SLAB = 512, 800
 
 
 @dataclass
@@ -215,9 +217,9 @@ class Operator(Form):
         dtype = torch.float32 if self._narrow else torch.float64
         mean = torch.zeros(self.shape, dtype=dtype, device=self.left.device)
         w = self.spread(weights)
-        for i in range(0, w.numel(), _SLAB):
-            part = slice(i, i + _SLAB)
-            mean.addmm_((self.left[:, part] * w[part]).to(dtype), self.right[:, part].to(dtype).T)
+        for i in range(0, w.numel(), _WIDE_SLAB):
+            part = slice(i, i + _WIDE_SLAB)
+            add_product(mean, (self.left[:, part] * w[part]).to(dtype), self.right[:, part].to(dtype))
         return mean
 
     def spectrum(self, weights: Tensor) -> Tensor:
@@ -257,6 +259,7 @@ class Operator(Form):
             size,
             self._start,
             device,
+            tol=_FINE,
         )
         self._start = found.block
         return found.u[:, :d], found.s[:d], found.v[:, :d]

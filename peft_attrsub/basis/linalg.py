@@ -22,6 +22,14 @@ def thin_product(a: Tensor, x: Tensor) -> Tensor:
     return (x.T @ a.T).T
 
 
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a b^T. In float32 on a CPU by oneDNN, whose wider vectors take half of BLAS' time on some machines."""
+    if into.dtype == torch.float32 and into.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        into += torch.nn.functional.linear(a.contiguous().to_mkldnn(), b.contiguous().to_mkldnn()).to_dense()
+    else:
+        into.addmm_(a, b.T)
+
+
 def add_gram(into: Tensor, x: Tensor) -> None:
     """into += x^T x on and below the diagonal blocks; `mirrored` fills in the rest."""
     width = into.shape[0]
