@@ -53,6 +53,10 @@ class Block(nn.Module):
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
+def words(tokens: int) -> str:
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
+
+
 def configs(quick: bool) -> dict[str, object]:
     """{name: PEFT config}; the second has the trained size of the first, the last its width."""
     dim = 8 if quick else 64
@@ -112,7 +116,7 @@ def measure(tokens: int, models: dict[str, PeftModel], base: nn.Module, counts: 
                 with Timer() as timer:
                     calls[key]()
                 seen[key].append(timer.report())
-            print(f"{tokens} token(s) a sample: round {round_ + 1} of {args.rounds}", flush=True)
+            print(f"{words(tokens)} a sample: round {round_ + 1} of {args.rounds}", flush=True)
         difference = None
         # Slow, and hardly different for shorter samples: merging is measured on the longest only.
         for count in counts if tokens == max(args.tokens) else []:
@@ -155,7 +159,7 @@ def target(case: dict) -> dict:
     """The cost of as many adapters as samples against one."""
     ours = next(r for r in case["rows"] if r["contender"].startswith("attrsub") and r["adapters"] == case["samples"])
     return {
-        "target": f"{case['samples']} adapters at most {TARGET_RATIO} x one, {case['tokens']} token(s) a sample",
+        "target": f"{case['samples']} adapters at most {TARGET_RATIO} x one, {words(case['tokens'])} a sample",
         "measured": f"{ours['ratio_to_one']:.2f} x",
         "reached": ours["ratio_to_one"] <= TARGET_RATIO,
     }
@@ -167,7 +171,7 @@ def show(case: dict) -> None:
         name = f"{r['contender']}, {r['adapters']} adapter(s)" if r["adapters"] else r["contender"]
         ratios = [r.get(key, "-") for key in ("ratio_to_base", "ratio_to_one", "cpu_ratio_to_one")]
         rows.append([name, 1000 * r["seconds"]["median"], *ratios])
-    title = f"{case['samples']} samples of {case['tokens']} token(s)"
+    title = f"{case['samples']} samples of {words(case['tokens'])}"
     if case["difference"] is not None:
         title += f"; mixed and merged differ by {case['difference']:.1e} of the largest output"
     table(title, ["", "ms", "/ base", "/ one adapter", "CPU / one adapter"], rows)

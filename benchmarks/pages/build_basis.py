@@ -85,6 +85,7 @@ def _large(large: dict) -> list[str]:
 def figures(result: dict) -> dict[str, Figure]:
     """Seconds a module against k, r, m and n, both axes logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(3 * len(result["scaling"]), 3), layout="constrained")
     panels = figure.subplots(1, len(result["scaling"]), sharey=True, squeeze=False)[0]
@@ -95,6 +96,8 @@ def figures(result: dict) -> dict[str, Figure]:
         panel.set_xlabel(LABELS[axis])
         panel.set_xticks(values, [str(v) for v in values])
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(True, which="major", alpha=0.3)
     panels[0].set_ylabel("seconds a module")
     panels[0].legend()

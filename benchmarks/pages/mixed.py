@@ -53,6 +53,7 @@ def _difference(case: dict[str, Any]) -> str:
 def figures(result: dict[str, Any]) -> dict[str, Any]:
     """Cost against the number of adapters, one panel per length of the samples."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     cases = result["cases"]
     figure = Figure(figsize=(4.2 * len(cases), 3.4), layout="constrained")
@@ -62,11 +63,13 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
             points = [(r["adapters"], r["ratio_to_base"]) for r in case["rows"] if r["contender"] == name]
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         counts = sorted({r["adapters"] for r in case["rows"] if r["adapters"]})
-        axes.set(
-            xscale="log", yscale="log", xlabel="adapters in the batch", title=f"{case['tokens']} token(s) a sample"
-        )
+        tokens = f"{case['tokens']} token{'s' * (case['tokens'] != 1)} a sample"
+        axes.set(xscale="log", yscale="log", xlabel="adapters in the batch", title=tokens)
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel("seconds / frozen base")
     figure.axes[-1].legend(fontsize="small")
     return {"mixed": figure}
