@@ -28,7 +28,8 @@ class VggtConfig(PreTrainedConfig):
         camera_depth, camera_num_heads, camera_iterations: of the camera head, which is 2 C wide.
         dpt_features, dpt_channels: widths of the depth and point heads. dpt_layers: the four aggregator
             layers that they read.
-        dpt_frames_chunk: frames that a DPT head works on at a time; bounds its memory, changes no result.
+        dpt_frames_chunk: frames that a DPT head works on at a time, one of every scene at least; bounds its memory,
+            changes no result.
         initializer_range: standard deviation of new weights. token_std: of new class, camera and register tokens.
     """
 
