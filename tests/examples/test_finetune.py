@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from peft_attrsub.evaluation.markdown import parameters_text
 from peft_attrsub.scenes.generate import generate
 from peft_attrsub.vggt import VggtModel
 from tests.examples.training_tools import FOLDER, on_path, tiny_model
@@ -333,4 +334,5 @@ def test_from_datasets_to_a_table(tmp_path: Path) -> None:
     run(*measure, "--out", "eval/base")
     run(*measure, "--adapter", "runs/ours/adapter", "--label", "ours", "--out", "eval/ours")
     table = run(str(FOLDER / "evaluate.py"), "--table", "eval/base", "eval/ours")
-    assert "| ours | 9" in table and "3 of 3 sequences evaluated" in table
+    trained = json.loads((tmp_path / "runs/ours/summary.json").read_text())["trainable_parameters"]
+    assert f"| ours | {parameters_text(trained)} |" in table and "3 of 3 sequences evaluated" in table
