@@ -86,7 +86,8 @@ def test_every_mode_gives_the_same_values_and_gradients(mode, tokens, options):
     x = inputs(tokens)
     expected = results(model("factored", **options), x)
     fast = model(mode, **options)
-    assert all(fold is not None for fold in passes(fast, x))
+    few = mode == "auto" and tokens == 2  # then base and update come one after the other
+    assert all((fold is None) == few for fold in passes(fast, x))
     for got, slow in zip(results(fast, x), expected, strict=True):
         assert same(got, slow)
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_auto_follows_the_model_of_costs_and_inference_folds_earlier():
             said = [cheaper(t, (n, m), (d, d), gradients)[forward_or_backward] for t in range(1, 8000, 50)]
             assert said == sorted(said) and len(set(said)) == 2
     wide = model()
-    assert passes(wide, inputs(2)) == [(False, False)] * 2
+    assert passes(wide, inputs(2)) == [None] * 2
     assert passes(wide, inputs(10)) == [(False, True), (True, False)]
     assert passes(wide, inputs(40)) == [(True, True)] * 2
     with torch.no_grad():
