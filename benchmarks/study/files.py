@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_attrsub.evaluation.files import write_atomically
+
 SUMMARY, STUDY = "summary.json", "study.json"
 #: Keys that say how long something took: they differ between two runs of the same study.
 TIMES = ("seconds", "minutes", "date", "load_at_start")
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_summary(out: Path, name: str) -> dict[str, Any] | None:

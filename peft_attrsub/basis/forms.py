@@ -8,6 +8,7 @@ Q = Y R_q in the core form, P and Q themselves in the other. Everything is float
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ def form_of(updates: Updates) -> Form:
     return Core(updates) if updates.p.shape[1] <= min(n, m) else Operator(updates)
 
 
-class Form:
+class Form(ABC):
     """What both forms share: norms and inner products of the updates, in terms of left and right."""
 
     def __init__(self, updates: Updates, left: Tensor, right: Tensor) -> None:
@@ -93,17 +94,17 @@ class Form:
         """One weight per adapter (k) -> one per column of left and right (R)."""
         return weights.repeat_interleave(self.columns)
 
+    @abstractmethod
     def spectrum(self, weights: Tensor) -> Tensor:
         """All singular values of C."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leading(self, weights: Tensor, d: int) -> Triplet:
         """The d leading singular triplets of C, in the coordinates of left and right."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expand(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Singular vectors of C in the coordinates of the layer, n x d and m x d."""
-        raise NotImplementedError
 
     def project(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """U^T left and V^T right (d x R): all that residuals and energies need."""
