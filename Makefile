@@ -11,9 +11,10 @@ BIN := .venv/bin
 
 .PHONY: demo demo-digits test test-slow test-cycles lint bench clean help
 
-demo: demo-digits  ## the method end to end, on a CPU
+demo: .venv/.stamp-demo .venv/.stamp-system  ## the paper's story on a small VGGT, on a CPU: a page in runs/demo
+	$(BIN)/python examples/vggt/demo.py
 
-demo-digits: .venv/.stamp-demo  ## the same, by name: on handwritten digits
+demo-digits: .venv/.stamp-demo  ## the method on handwritten digits, on a CPU
 	$(BIN)/python examples/digits.py
 
 test: .venv/.stamp-dev .venv/.stamp-system  ## the tests, without the slow ones

@@ -56,7 +56,7 @@ class Study:
     texture: int = 64
     benchmarks: tuple[str, ...] = BENCHMARKS
     train: int = 40
-    validation: int = 10
+    validation: int = 20
     test: int = 20
     cross: int = 20
     generic: int = 20

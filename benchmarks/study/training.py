@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+import types
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,12 @@ WINDOW = 2.0
 
 
 class Base:
-    """The base of a study, loaded once per process."""
+    """The base of a study, loaded once per process, made to be fast on the CPU in bfloat16.
+
+    Attention is the plain one: the fused one's backward pass takes half as long again there. Heads run in the caller's
+    autocast, as vggt-mini's did while it was trained; VggtModel itself keeps them in float32 whatever the autocast,
+    and half of a step would go into them.
+    """
 
     _held: dict[str, Any] = {}  # noqa: RUF012 (one per process, on purpose)
 
@@ -34,8 +40,30 @@ class Base:
         if name not in cls._held:
             from _model import load_base
 
-            cls._held[name] = load_base(name).eval()
+            model = load_base(name).eval()
+            model.set_attn_implementation("eager")
+            for head in (model.camera_head, model.depth_head):
+                head.forward = types.MethodType(_in_callers_autocast(type(head).forward), head)
+            # What autocast is must be known before the model switches it off around its heads.
+            model.aggregator.register_forward_pre_hook(_note_autocast)
+            cls._held[name] = model
         return cls._held[name]
+
+
+_AUTOCAST: list[torch.dtype | None] = [None]
+
+
+def _note_autocast(model: Any, arguments: Any) -> None:
+    _AUTOCAST[0] = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def _in_callers_autocast(forward: Any) -> Any:
+    def run(self: Any, *arguments: Any) -> Any:
+        with torch.autocast("cpu", dtype=_AUTOCAST[0], enabled=_AUTOCAST[0] is not None):
+            found = forward(self, *arguments)
+        return type(found)(part.float() for part in found)
+
+    return run
 
 
 def pixels(study: Study, config: Any) -> int:

@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -37,6 +38,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=8000, help="scenes to learn from, 8 views each")
     parser.add_argument("--held-out", type=int, default=128, help="scenes to measure on")
     parser.add_argument("--steps", type=int, help="of the whole run; may change until the rate falls")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="PART=W",
+        help="of parts of the loss, from here on: camera, depth, match, attend, points",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the training, and processes that render")
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     parser.add_argument("--evaluate", action="store_true", help="measure on the held-out scenes and stop")
@@ -44,6 +52,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--note", default="", help="with --export: what else is to be said of the run on its card")
     parser.add_argument("--toy", action="store_true", help="everything tiny, to try the script in seconds")
     return parser.parse_args(arguments)
+
+
+def _weights(pairs: Sequence[str]) -> dict[str, float]:
+    """PART=W of --weights, as fields of a plan."""
+    from pretraining.run import WEIGHTS
+
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[f"{name}_weight"] = float(value)
+        except ValueError:
+            found = {"": 0.0}
+        if not found.keys() <= set(WEIGHTS) or min(found.values()) < 0:
+            known = ", ".join(key.removesuffix("_weight") for key in WEIGHTS)
+            raise ValueError(f"--weights {pair}: expected PART=W with a number W >= 0 and one of {known}.")
+    return found
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -61,6 +86,7 @@ def _run(given: argparse.Namespace) -> int:
         )
     torch.set_num_threads(given.threads)
     config, plan = sizes(toy=given.toy, steps=given.steps)
+    plan = replace(plan, **_weights(given.weights))
     only = given.evaluate or given.export is not None
     given.out.mkdir(parents=True, exist_ok=True)
     kinds = {"held-out": Scenes(SEEDS["held-out"], given.held_out, size=config.image_size)}

@@ -101,6 +101,32 @@ def test_out_of_minutes_it_saves_and_another_plan_is_refused(
         Run(config, type(plan)(batch=3), None, tmp_path)
 
 
+def test_weights_change_on_the_way_and_are_recorded(script: ModuleType, finished: Path, tmp_path: Path) -> None:
+    """From where the run is on; an export says so, and is not itself such a change."""
+    (tmp_path / "scenes").symlink_to(finished / "scenes")
+    run = [*TOY, "--out", str(tmp_path)]
+    assert script.main([*run, "--minutes", "0"]) == 0
+    before = {name: tensor.clone() for name, tensor in state(tmp_path)["model"].items()}
+    assert script.main([*run, "--weights", "depth=6", "match=0.1"]) == 0
+    changed = state(tmp_path)
+    assert changed["step"] == 8 and any(not torch.equal(before[k], v) for k, v in changed["model"].items())
+    assert any(not torch.equal(changed["model"][k], v) for k, v in state(finished)["model"].items())
+    assert script.main([*run, "--export", str(tmp_path / "made")]) == 0
+    log = json.loads((tmp_path / "made" / "training_log.json").read_text())
+    first, second = log["weights"]
+    assert (first["from_step"], first["depth_weight"], first["match_weight"]) == (0, 3.0, 0.3)
+    assert second == first | {"depth_weight": 6.0, "match_weight": 0.1}
+    assert log["plan"]["depth_weight"] == 6.0
+
+
+@pytest.mark.parametrize("pair", ["depth=much", "depth", "light=1", "depth=-1"])
+def test_weights_that_are_none_are_refused(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, pair: str
+) -> None:
+    assert script.main([*TOY, "--out", str(tmp_path), "--weights", pair]) == 2
+    assert f"--weights {pair}: expected PART=W" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_rates_and_windows_of_a_plan(script: ModuleType) -> None:
     from pretraining.run import Plan
 

@@ -55,6 +55,7 @@ def log_of(run: Run, found: Mapping[str, Any], scenes: int) -> dict[str, Any]:
     every = max(1, -(-len(losses) // LINES))
     return {
         "plan": asdict(run.plan),
+        "weights": [{"from_step": step} | weights for step, weights in run.weighed],
         "scenes": {"seed": SEEDS["train"], "count": scenes, "views": 8},
         "steps": run.step,
         "hours": round(run.seconds / 3600, 2),

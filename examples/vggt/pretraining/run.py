@@ -27,11 +27,12 @@ from .hints import Hints
 from .scenes import Shards
 
 CHECKPOINT, LOG, HELD_OUT = "checkpoint.pt", "log.jsonl", "held-out.jsonl"
+WEIGHTS = ("camera_weight", "depth_weight", "match_weight", "attend_weight", "points_weight")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The run. Only `steps`, `evaluate` and `log` may change while it is under way.
+    """The run. Only `steps`, the weights, `evaluate` and `log` may change while it is under way.
 
     steps: of the whole run; the rate rises over `warmup` steps to `lr`, stays, and falls to 0 over the last `cool`
     share of it. batch: scenes per step, of `views` views, of which `deep` have the dense head at work. small: side
@@ -64,6 +65,11 @@ class Plan:
     evaluate: int = 1000
     log: int = 50
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the loss's parts, by their names."""
+        return {key: getattr(self, key) for key in WEIGHTS}
+
     def rate(self, step: int) -> float:
         """Learning rate of a step: lr min(1, (step + 1) / warmup, (steps - step) / (cool steps))."""
         end = max(self.cool * self.steps, 1)
@@ -91,7 +97,11 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, plan.beta), fused=True)
         self.ema = Ema(self.model, plan.ema)
         self.step, self.seconds = 0, 0.0
+        #: Step from which on, and the weights of the loss.
+        self.weighed: list[tuple[int, dict[str, float]]] = []
         self._resume()
+        if not self.weighed or self.weighed[-1][1] != self.plan.weights:
+            self.weighed.append((self.step, self.plan.weights))
 
     def _resume(self) -> None:
         path = self.out / CHECKPOINT
@@ -110,6 +120,9 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.weighed = [(step, weights) for step, weights in state["weighed"]]
+        if self.shards is None:
+            self.plan = Plan(**state["plan"])
 
     def save(self) -> None:
         state = {
@@ -120,6 +133,7 @@ class Run:
             "ema": self.ema.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "weighed": self.weighed,
         }
         beside = self.out / f".{CHECKPOINT}.{os.getpid()}"
         torch.save(state, beside)
@@ -173,7 +187,7 @@ class Run:
 
 def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
     """What of a plan may not change when a run goes on."""
-    return {key: value for key, value in plan.items() if key not in ("steps", "evaluate", "log")}
+    return {key: value for key, value in plan.items() if key not in ("steps", "evaluate", "log", *WEIGHTS)}
 
 
 def shrink(batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
