@@ -73,6 +73,17 @@ def test_settings_are_written_once(demo: SimpleNamespace, tmp_path: Path) -> Non
     assert path.stat().st_mtime_ns == before
     model, data, train = parse(["--config", str(path), "--method", "lora", "--data", "x", "--out", "y"])
     assert (model.heads, data.image_size, data.views_max, train.eval_every) == ("frozen", 84, 4, 0)
+    assert (data.frames, data.window) == ("nearby", 2.0)
+
+
+def test_what_is_measured_is_neighbouring_views_of_people_nobody_has_seen(demo: SimpleNamespace) -> None:
+    for scale in demo.plan.SCALES.values():
+        found = demo.plan.measured_views(scale)
+        assert [int(name) for name in found] == list(range(scale.people, scale.people + scale.held_out))
+        for frames in found.values():
+            numbers = [int(frame) for frame in frames]
+            assert len(set(numbers)) == scale.seen and max(numbers) < scale.around
+            assert all((b - a) % scale.around == 1 for a, b in zip(numbers, numbers[1:], strict=False))
 
 
 # --- running -----------------------------------------------------------------------------------------------------

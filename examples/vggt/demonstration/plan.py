@@ -19,14 +19,14 @@ ATTRIBUTES = ("texture", "geometry", "camera", "lighting")
 METHODS = ("base", "lora", "cores")
 TUNED = ("lora", "cores")
 FOLDER = Path(__file__).resolve().parents[1]
-SETTINGS = "training.yaml"
+SETTINGS, MEASURED = "training.yaml", "measured.json"
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much of everything. datasets: per attribute, with `scenes` of `views` each. generic: held-out scenes in
     which everything varies, to see what is forgotten. people, held_out: to learn from and to measure on, with `around`
-    views on a ring. detail: cells per height of a person. rank, steps, rate, a_ratio: of an adapter on a dataset.
+    views on a ring, of which `seen` neighbours are measured. detail: cells per height of a person. rank, steps, rate, a_ratio: of an adapter on a dataset.
     lora_rank, dim: of the two ways to tune (dim: per attribute), with `tune_steps` and rates of their own. images: per
     step. draws: of random subspaces, for the report."""
 
@@ -37,6 +37,7 @@ class Scale:
     people: int
     held_out: int
     around: int
+    seen: int
     detail: int
     rank: int
     steps: int
@@ -59,7 +60,9 @@ SCALES = {
         generic=6,
         people=16,
         held_out=6,
-        around=16,
+        # A model this small tells cameras apart that are close, not those across a ring: views are 7.5 degrees apart.
+        around=48,
+        seen=6,
         detail=64,
         rank=8,
         steps=30,
@@ -80,6 +83,7 @@ SCALES = {
         people=2,
         held_out=1,
         around=4,
+        seen=2,
         detail=24,
         rank=2,
         steps=2,
@@ -136,6 +140,8 @@ def training_settings(image_size: int, scale: Scale) -> dict[str, Any]:
         "aspect_max": 1.0,
         "views_min": min(4, scale.views),
         "views_max": min(4, scale.views),
+        "frames": "nearby",
+        "window": 2.0,
         "images_per_step": scale.images,
         "gradient_checkpointing": ["none"],
         "workers": 0,
@@ -149,11 +155,21 @@ def training_settings(image_size: int, scale: Scale) -> dict[str, Any]:
 
 
 def write_settings(out: Path, image_size: int, scale: Scale) -> None:
-    """The file of `training_settings`; not touched where it holds them already."""
-    text = yaml.safe_dump(training_settings(image_size, scale), sort_keys=False).encode()
-    path = out / SETTINGS
-    if not path.is_file() or path.read_bytes() != text:
-        write_atomically(path, text)
+    """The files of `training_settings` and `measured_views`; not touched where they hold these already."""
+    settings = yaml.safe_dump(training_settings(image_size, scale), sort_keys=False)
+    for name, text in ((SETTINGS, settings), (MEASURED, json.dumps(measured_views(scale)) + "\n")):
+        path = out / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text.encode())
+
+
+def measured_views(scale: Scale) -> dict[str, list[str]]:
+    """Held-out person -> neighbouring views, seen from another side each."""
+    found = {}
+    for number in range(scale.held_out):
+        first = number * scale.around // scale.held_out
+        found[_id(scale.people + number)] = [f"{(first + k) % scale.around:03d}" for k in range(scale.seen)]
+    return found
 
 
 def plan(out: Path, model: str, image_size: int, scale: Scale) -> list[Step]:
@@ -254,6 +270,8 @@ def _measuring(out: Path, model: str, size: int) -> list[Step]:
         for where, benchmark, data in (("people", "human", "people-held-out"), ("scenes", "scenes", "generic")):
             words = ["evaluate.py", "--benchmark", benchmark, "--data", out / data, "--model", model]
             words += ["--image-size", size, "--label", method, "--pictures", "1"]
+            if where == "people":
+                words += ["--sequences", out / MEASURED]
             before = [data]
             if method != "base":
                 words += ["--adapter", out / "tuned" / method / "adapter"]
