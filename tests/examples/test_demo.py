@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,7 @@ def test_what_is_measured_is_neighbouring_views_of_people_nobody_has_seen(demo: 
         for frames in found.values():
             numbers = [int(frame) for frame in frames]
             assert len(set(numbers)) == scale.seen and max(numbers) < scale.around
-            assert all((b - a) % scale.around == 1 for a, b in zip(numbers, numbers[1:], strict=False))
+            assert all((b - a) % scale.around == 1 for a, b in pairwise(numbers))
 
 
 # --- running -----------------------------------------------------------------------------------------------------

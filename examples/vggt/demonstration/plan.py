@@ -26,9 +26,9 @@ SETTINGS, MEASURED = "training.yaml", "measured.json"
 class Scale:
     """How much of everything. datasets: per attribute, with `scenes` of `views` each. generic: held-out scenes in
     which everything varies, to see what is forgotten. people, held_out: to learn from and to measure on, with `around`
-    views on a ring, of which `seen` neighbours are measured. detail: cells per height of a person. rank, steps, rate, a_ratio: of an adapter on a dataset.
-    lora_rank, dim: of the two ways to tune (dim: per attribute), with `tune_steps` and rates of their own. images: per
-    step. draws: of random subspaces, for the report."""
+    views on a ring, of which `seen` neighbours are measured. detail: cells per height of a person. rank, steps, rate,
+    a_ratio: of an adapter on a dataset. lora_rank, dim: of the two ways to tune (dim: per attribute), with
+    `tune_steps` and rates of their own. images: per step. draws: of random subspaces, for the report."""
 
     datasets: int
     scenes: int
