@@ -40,7 +40,7 @@ TOY = {
     "steps": 2,
     "images": 2,
     "sweep": 1,
-    "methods": ["lora", "attrsub"],
+    "methods": ["full", "lora", "attrsub"],
     "ranks": [2],
     "dims": [4],
     "basis_dims": [],
@@ -114,10 +114,11 @@ def test_a_killed_study_goes_on_to_the_same_result(model: Path, tmp_path: Path) 
     assert "agreement of 4 source adapters of rank 2" in printed
     result = json.loads((whole / "result.json").read_text())
     assert result["missing"] == 0
-    assert {row["label"] for row in result["rows"]} == {"none", "lora-2", "attrsub-4"}
+    assert {row["label"] for row in result["rows"]} == {"none", "full", "lora-2", "attrsub-4"}
     for row in result["rows"]:
         for part in ("test", "cross", "generic"):
             assert all(math.isfinite(row["seeds"]["0"][part][name]) for name in ("acc", "comp", "nc", "abs_rel"))
+    assert 0 <= result["explained"]["human"]["inside"]["attrsub-4"] <= 1
     assert str(tmp_path) not in json.dumps(result["command"])
 
     process = begin(model, halved)
@@ -300,6 +301,21 @@ def test_captured_energy_against_the_dense_form() -> None:
     assert captured(row[0], row[1:], 3) == pytest.approx(float((inside**2).sum() / (update**2).sum()))
 
 
+def test_what_lies_inside_against_the_projection() -> None:
+    """All of an update that was made of A and B, none of one beside them, and in between what a projector leaves."""
+    from study.explaining import inside
+
+    g = torch.Generator().manual_seed(0)
+    a = torch.linalg.qr(torch.randn(9, 3, generator=g, dtype=torch.float64))[0]
+    b = torch.linalg.qr(torch.randn(7, 3, generator=g, dtype=torch.float64))[0]
+    assert inside(a @ torch.randn(3, 3, generator=g, dtype=torch.float64) @ b.T, a, b) == pytest.approx(1.0)
+    update = torch.randn(9, 7, generator=g, dtype=torch.float64)
+    kept = (a @ a.T) @ update @ (b @ b.T)
+    assert inside(update, a.float(), b.float()) == pytest.approx(float((kept**2).sum() / (update**2).sum()), rel=1e-5)
+    assert inside(update - a @ (a.T @ update), a, b) == pytest.approx(0.0, abs=1e-12)
+    assert inside(torch.zeros(9, 7, dtype=torch.float64), a, b) == 0.0
+
+
 def test_frames_that_are_measured_are_apart_and_start_elsewhere() -> None:
     from study.data import fixed
 
@@ -350,6 +366,7 @@ def made_up(better: bool) -> dict[str, Any]:
         "spectra": {"texture": [1.0, 0.1, 0.01]},
         "held_out": {"dim": 2, "folds": 5, "attributes": {"texture": energy}, "random": 0.02},
     }
+    done["tuning/human/explained"]["inside"] = {"attrsub-4": 0.2, "psv-4": 0.1}
     side = {"within": 0.4, "across": 0.2, "random": 0.05, "z": 3.0}
     done["diagnosis"] |= {"adapters": 4, "rank": 2, "output": side, "input": side}
     header = {"settings": study.record(), "minutes": {"tune": 3.0}, "command": "python benchmarks/mini_study.py"}
@@ -367,6 +384,7 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert "beyond two standard errors for texture" in flat
     assert "Is the mined basis better than PSV at equal D?** (1 comparison) in domain Acc: better 1" in flat
     assert "In none of these comparisons is it worse" in flat
+    assert "there lies inside: human: mined D=4 20.0 %, PSV D=4 10.0 %." in flat
     flat = " ".join(bad.split())
     assert "for no attribute beyond two standard errors" in flat
     assert "in domain Acc: worse 1" in flat

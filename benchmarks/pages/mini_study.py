@@ -86,6 +86,7 @@ def _answers(result: Row) -> str:
         _agree(result),
         _apart(answers),
         *(_versus(result, "same_size", other) for other in ("psv", "random")),
+        _why(result),
         _fewer(result),
         _losses(result),
         _forgetting(result),
@@ -166,6 +167,18 @@ def _versus(result: Row, key: str, other: str) -> str:
     return f"**Is the mined basis better than {title} at equal D?** ({plural(len(chosen), 'comparison')}) " + (
         " | ".join(parts) + "."
     )
+
+
+def _why(result: Row) -> str:
+    """What each basis could have learnt of full fine-tuning's update."""
+    parts = []
+    for benchmark, found in result["explained"].items():
+        if found is not None and "inside" in found:
+            said = [f"{_label(label)} {percent(share)}" for label, share in found["inside"].items()]
+            parts.append(f"{benchmark}: {', '.join(said)}")
+    if not parts:
+        return ""
+    return "**Why?** Of the energy of full fine-tuning's update there lies inside: " + "; ".join(parts) + "."
 
 
 def _fewer(result: Row) -> str:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import data, mining, sources, tuning
+from . import data, explaining, mining, sources, tuning
 from .files import SUMMARY, read_summary, write_json
 from .settings import Study
 from .training import Base, pixels
@@ -55,6 +55,10 @@ def _measure_base(study: Study, out: Path, name: str, options: dict[str, Any]) -
     return tuning.measure_base(study, out, **options)
 
 
+def _explain(study: Study, out: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return explaining.explain(study, out, **options)
+
+
 ACTIONS = {
     "draw": _draw,
     "train_source": _train_source,
@@ -62,4 +66,5 @@ ACTIONS = {
     "mine": _mine,
     "tune": _tune,
     "measure_base": _measure_base,
+    "explain": _explain,
 }

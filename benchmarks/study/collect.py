@@ -10,7 +10,7 @@ from .data import reader_of
 from .entries import Entry, entries, reference
 from .measuring import COLUMNS
 from .mining import variants
-from .plan import Done, decision, seed_name, swept
+from .plan import Done, decision, explained_name, seed_name, swept
 from .settings import Study
 from .statistics import paired, tally
 from .tuning import SETS
@@ -68,6 +68,7 @@ def collect(study: Study, done: Done) -> dict[str, Any]:
         "diagnosis": _without_job(done.get("diagnosis")),
         "bases": {name: _without_job(done.get(f"bases/{name}")) for name in variants(study)},
         "sources": _sources(done),
+        "explained": {name: _without_job(done.get(explained_name(name))) for name in study.benchmarks},
     }
     return result | {"answers": answers(study, result)}
 

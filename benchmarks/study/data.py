@@ -80,13 +80,19 @@ def fixed(dataset: Any, views: int, apart: int) -> dict[str, list[str]]:
 
 
 def _scenes(study: Study, place: Path, what: str, index: int, size: int) -> dict[str, Any]:
-    """A dataset of our generator, of fewer triangles and smaller textures than by default: pictures are small."""
+    """A dataset of our generator, of fewer triangles and smaller textures than by default: pictures are small.
+
+    Those of an attribute are rooms and, every other one, objects on nothing that a camera goes around (the paper makes
+    its sources for people so): what they share is to be the attribute, not a place.
+    """
     from peft_attrsub.scenes.generate import generate
     from peft_attrsub.scenes.recipes import AttributeRecipe
 
     mixed = what == "generic"
     recipe = AttributeRecipe(
         attribute="mixed" if mixed else what,
+        layout="object" if not mixed and index % 2 else "room",
+        trajectory="orbit" if not mixed and index % 2 and what != "camera" else "spline",
         seed=FIRST_SEED + index,
         size=size,
         views=FRAMES["generic"] if mixed else study.views,

@@ -52,9 +52,9 @@ def needed(study: Study, variant: str) -> list[tuple[str, int, int]]:
 
 
 def shared_dims(study: Study, total: int) -> dict[str, int]:
-    """A quarter of D for what is shared, the rest in equal parts."""
-    common = total // 4
-    return {"shared": common} | dict.fromkeys(study.attributes, (total - common) // len(study.attributes))
+    """A quarter of D for what is shared, or a little more, so that the rest falls into equal parts."""
+    each = (total - total // 4) // len(study.attributes)
+    return {"shared": total - each * len(study.attributes)} | dict.fromkeys(study.attributes, each)
 
 
 def mine(study: Study, out: Path, variant: str) -> dict[str, Any]:

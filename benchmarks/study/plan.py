@@ -35,7 +35,7 @@ def jobs(study: Study, done: Done) -> list[Job]:
     """Every job that is known, in the order in which they are best started."""
     found = [*_data(study), *_sources(study), *_bases(study)]
     for benchmark in study.benchmarks:
-        found += _tuning(study, benchmark, done)
+        found += [*_tuning(study, benchmark, done), *_explaining(study, benchmark, done)]
     return found
 
 
@@ -157,6 +157,22 @@ def _tuning(study: Study, benchmark: str, done: Done) -> list[Job]:
             name, needs = seed_name(benchmark, entry.label, seed), (*learnt, *measured)
             found.append(_run(benchmark, entry, name, chosen, seed, state, needs, cost, swept=False))
     return found
+
+
+def _explaining(study: Study, benchmark: str, done: Done) -> list[Job]:
+    """How much of full fine-tuning's update the bases hold, once its rate is chosen."""
+    full = next((entry for entry in entries(study, benchmark) if entry.label == "full"), None)
+    if full is None:
+        return []
+    choice = decision(study, benchmark, full, done)
+    chosen = sweep_name(benchmark, full.label, choice[1]) if choice is not None and choice[0] == "take" else None
+    needs = ("bases/default", *([] if chosen is None else [chosen]))
+    ready = chosen is not None
+    return [Job(explained_name(benchmark), "tune", "explain", {"state": chosen}, needs, {"mine": 1}, ready)]
+
+
+def explained_name(benchmark: str) -> str:
+    return f"tuning/{benchmark}/explained"
 
 
 def _run(

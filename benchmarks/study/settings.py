@@ -13,9 +13,9 @@ BENCHMARKS = ("face", "human", "clearpose")
 FIRST_SEED = 900_000
 #: Learning rates that a sweep begins with, by family; factors of about 3.
 RATES: dict[str, tuple[float, ...]] = {
-    "full": (3e-5, 1e-4, 3e-4, 1e-3),
-    "lora": (3e-4, 1e-3, 3e-3, 1e-2),
-    "cores": (1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (1e-4, 3e-4, 1e-3),
+    "lora": (3e-4, 1e-3, 3e-3),
+    "cores": (3e-3, 1e-2, 3e-2),
 }
 #: Times that a sweep is extended at each end, where the best rate lies on its border.
 EXTENSIONS = 2
@@ -50,7 +50,7 @@ class Study:
     precision: str = "bf16"
     attributes: tuple[str, ...] = ATTRIBUTES
     datasets: int = 10
-    scenes: int = 12
+    scenes: int = 36
     views: int = 8
     triangles: int = 3_000
     texture: int = 64
@@ -73,14 +73,14 @@ class Study:
     steps: int = 100
     images: int = 8
     seeds: int = 3
-    sweep: int = 4
+    sweep: int = 3
     methods: tuple[str, ...] = ("full", "lora", "pissa", "adalora", "psv", "random", "attrsub")
-    ranks: tuple[int, ...] = (2, 4, 8, 16)
-    rank: int = 8
-    dims: tuple[int, ...] = (16, 32, 48, 96)
-    basis_dims: tuple[int, ...] = (16, 48)
+    ranks: tuple[int, ...] = (1, 2, 4, 16)
+    rank: int = 4
+    dims: tuple[int, ...] = (8, 16, 24, 48)
+    basis_dims: tuple[int, ...] = (8, 24)
     ablated: str = "human"
-    ablation_dim: int = 48
+    ablation_dim: int = 24
     ablations: tuple[str, ...] = ("columns", "core", "attributes", "alpha", "rank", "allocation", "shared")
     queries: int = 3000
     folds: int = 5
@@ -169,10 +169,9 @@ QUICK = Study(
     seeds=2,
     sweep=2,
     methods=("full", "lora", "psv", "random", "attrsub"),
-    ranks=(2, 8),
-    dims=(16, 32),
-    basis_dims=(32,),
-    ablation_dim=32,
+    ranks=(1, 4),
+    dims=(8, 24),
+    basis_dims=(24,),
     ablations=("alpha",),
     folds=2,
 )

@@ -43,7 +43,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PART=W",
-        help="of parts of the loss, from here on: camera, depth, match, attend, points",
+        help="of parts of the loss, from here on: camera, depth, relative, match, attend, points",
     )
     parser.add_argument("--threads", type=int, default=1, help="of the training, and processes that render")
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")

@@ -11,6 +11,8 @@ middle in the other views, by the true depth and cameras, not hidden.
              M(P) is cut to the first view, in whose frame everything is to be told
     points = mean over views and pixels of |X - (linear map of the last tokens)|, X in the first camera's frame and
              in units of the scene, at k x k pixels a patch
+
+A third needs no head: near things count as much as far ones in what depth is measured by (`relative_error`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ TEMPERATURE = 0.1
 TOLD = ((1, False), (2, True), (4, True))
 #: A point is seen in another view if the depth there differs by less than this share.
 HIDDEN = 0.05
+
+
+def relative_error(depth: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    """Mean over valid pixels of |d - z| / z; 0 where there is none. All (..., H, W), in the same unit."""
+    return ((depth - truth).abs() / truth.clamp_min(1e-6))[mask].sum() / mask.sum().clamp_min(1)
 
 
 def find_matches(truth: Mapping[str, Tensor], patch: int) -> Tensor:

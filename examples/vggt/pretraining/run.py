@@ -23,11 +23,11 @@ from peft_attrsub.vggt.cameras import encode_pose
 from peft_attrsub.vggt.losses import CAMERA_WEIGHTS, camera_loss, dense_loss
 
 from .batches import training_batch
-from .hints import Hints
+from .hints import Hints, relative_error
 from .scenes import Shards
 
 CHECKPOINT, LOG, HELD_OUT = "checkpoint.pt", "log.jsonl", "held-out.jsonl"
-WEIGHTS = ("camera_weight", "depth_weight", "match_weight", "attend_weight", "points_weight")
+WEIGHTS = ("camera_weight", "depth_weight", "relative_weight", "match_weight", "attend_weight", "points_weight")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Plan:
     seed: int = 0
     camera_weight: float = 10.0
     depth_weight: float = 3.0
+    relative_weight: float = 3.0
     match_weight: float = 0.3
     attend_weight: float = 0.3
     points_weight: float = 2.0
@@ -156,9 +157,10 @@ class Run:
         # Rendered depth has no outliers to leave out.
         dense = dense_loss(depth.float(), confidence.float(), seen, mask, quantile=None)
         terms |= {f"camera_{k}": v for k, v in cameras.items()} | {f"depth_{k}": v for k, v in dense.items()}
+        terms["relative"] = relative_error(depth[..., 0].float(), seen[..., 0], mask)
         total = plan.camera_weight * sum(CAMERA_WEIGHTS[name] * term for name, term in cameras.items())
-        total = total + plan.depth_weight * sum(dense.values()) + plan.points_weight * terms["points"]
-        total = total + plan.match_weight * terms["match"]
+        total = total + plan.depth_weight * sum(dense.values()) + plan.relative_weight * terms["relative"]
+        total = total + plan.points_weight * terms["points"] + plan.match_weight * terms["match"]
         if "attend" in terms:
             total = total + plan.attend_weight * terms["attend"]
         return total, terms
