@@ -70,7 +70,7 @@ SCALES = {
         dim=8,
         lora_rank=8,
         tune_steps=80,
-        # The best of 3e-4, 1e-3, 3e-3 for a LoRA and of 1e-3, 3e-3, 1e-2 for cores.
+        # The best of 3e-4, 1e-3, 3e-3 for a LoRA and of 1e-3, 3e-3, 1e-2 for cores, on an earlier vggt-mini.
         lora_rate=3e-4,
         cores_rate=1e-3,
     ),

@@ -141,6 +141,6 @@ On {held_out} held-out scenes of the same kind, {views} views each ({pairs} pair
 `examples/vggt/pretrain_mini.py --scenes {scenes} --steps {planned}`: {steps} steps of {batch} scenes with {views}
 views each, {hours} hours on a CPU in bfloat16 autocast. The scenes are those of `peft_attrsub.scenes` (recipe
 "mixed": everything varies mildly), ray cast. The losses are VGGT's for cameras and depth, and hints that only
-training sees: matches between views, and a point map from a linear layer (`examples/vggt/pretraining/hints.py`). The
-weights are the running mean. `training_log.json` has plan and curves.
+training sees: matches between views, a point map from a linear layer, and the error of depth relative to it
+(`examples/vggt/pretraining/hints.py`). The weights are the running mean. `training_log.json` has plan and curves.
 {note}"""
