@@ -27,9 +27,8 @@ WINDOW = 2.0
 class Base:
     """The base of a study, loaded once per process, made to be fast on the CPU in bfloat16.
 
-    Attention is the plain one: the fused one's backward pass takes half as long again there. Heads run in the caller's
-    autocast, as vggt-mini's did while it was trained; VggtModel itself keeps them in float32 whatever the autocast,
-    and half of a step would go into them.
+    Attention is the plain one: the fused one is slower there. Heads run in the caller's autocast, as vggt-mini's did
+    while it was trained; VggtModel itself keeps them in float32 whatever the autocast, which is slower again.
     """
 
     _held: dict[str, Any] = {}  # noqa: RUF012 (one per process, on purpose)

@@ -58,16 +58,17 @@ def _weights(pairs: Sequence[str]) -> dict[str, float]:
     """PART=W of --weights, as fields of a plan."""
     from pretraining.run import WEIGHTS
 
+    known = [key.removesuffix("_weight") for key in WEIGHTS]
     found = {}
     for pair in pairs:
-        name, _, value = pair.partition("=")
+        name, _, text = pair.partition("=")
         try:
-            found[f"{name}_weight"] = float(value)
+            value = float(text)
         except ValueError:
-            found = {"": 0.0}
-        if not found.keys() <= set(WEIGHTS) or min(found.values()) < 0:
-            known = ", ".join(key.removesuffix("_weight") for key in WEIGHTS)
-            raise ValueError(f"--weights {pair}: expected PART=W with a number W >= 0 and one of {known}.")
+            value = -1.0
+        if name not in known or value < 0:
+            raise ValueError(f"--weights {pair}: expected PART=W with a number W >= 0 and one of {', '.join(known)}.")
+        found[f"{name}_weight"] = value
     return found
 
 
