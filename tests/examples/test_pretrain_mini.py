@@ -260,6 +260,18 @@ def test_matches_against_a_slow_search(batch: dict[str, torch.Tensor]) -> None:
     assert float((slow >= 0).float().mean()) > 0.2
 
 
+def test_relative_error_against_a_slow_mean(batch: dict[str, torch.Tensor]) -> None:
+    from pretraining.hints import relative_error
+
+    truth, chance = batch["depths"], torch.Generator().manual_seed(0)
+    mask = batch["point_masks"] & (torch.rand(truth.shape, generator=chance) < 0.3)
+    depth = truth + 0.3 * torch.randn(truth.shape, generator=chance)
+    errors = [abs(float(depth[at] - truth[at])) / float(truth[at]) for at in map(tuple, mask.nonzero().tolist())]
+    assert 0 < len(errors) < mask.numel()
+    assert float(relative_error(depth, truth, mask)) == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert float(relative_error(depth, truth, torch.zeros_like(mask))) == 0.0
+
+
 def test_hints_against_slow_sums(batch: dict[str, torch.Tensor]) -> None:
     from pretraining.hints import TEMPERATURE, Hints, attention_on, find_matches
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from .hints import Hints, relative_error
 from .scenes import Shards
 
 CHECKPOINT, LOG, HELD_OUT = "checkpoint.pt", "log.jsonl", "held-out.jsonl"
-WEIGHTS = ("camera_weight", "depth_weight", "relative_weight", "match_weight", "attend_weight", "points_weight")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,9 @@ class Plan:
         """Share of the path that views of this step come from."""
         share = min(1.0, step / max(self.near_share * self.steps, 1))
         return self.reach + (1 - self.reach) * share
+
+
+WEIGHTS = tuple(field.name for field in fields(Plan) if field.name.endswith("_weight"))
 
 
 class Run:
