@@ -404,7 +404,7 @@ def test_an_export_is_a_model(
     log = json.loads((folder / "training_log.json").read_text())
     assert log["steps"] == 8 and [line["step"] for line in log["held_out"]] == [4, 8] and log["losses"]
     card = (folder / "README.md").read_text()
-    assert f"{log['result']['abs_rel']:.3f}" in card and log["note"] == "A toy." and card.endswith("\nA toy.\n")
+    assert f"{log['result']['abs_rel']:.4f}" in card and log["note"] == "A toy." and card.endswith("\nA toy.\n")
 
 
 def test_a_users_own_folder_of_that_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
