@@ -264,8 +264,10 @@ def _table(result: Row, benchmark: str) -> str:
         seconds = spread([one.get("seconds") for one in row["seeds"].values()])["mean"]
         rate = f"{row['rate']:g}" + (" (border)" if row.get("border") else "") if row.get("rate") else "-"
         cells = [_cell(row, part, name, scale) for part, name in columns]
+        blind = (row.get("blind") or {}).get("abs_rel")
+        cells.append("-" if blind is None else number(100 * blind))
         body.append([_label(row["label"]), number(row["trainable"]), *cells, rate, seconds])
-    heads = [f"{NAMES[name]} {SETS[part]}" for part, name in columns]
+    heads = [f"{NAMES[name]} {SETS[part]}" for part, name in columns] + ["AbsRel with others' pictures"]
     legend = prose(
         f"Acc and Comp in {scale:g} {result['units'][benchmark]['unit']}, the rest in percent; mean ± standard",
         "deviation over seeds; seconds of the training on one core.",

@@ -34,6 +34,7 @@ RULES = {
     "δ1.25: one scale per sequence, in percent. All on fixed views that no training has seen.",
     "parameters": "At equal parameters or fewer: cores of total size D have D² parameters a matrix, a LoRA of rank r "
     "(n + m) r.",
+    "blind": "With the pictures of another sequence: what the answer is worth that looks at none. Test set, seed 0.",
     "forgetting": "Generic scenes are of the kind that the base was trained on, with seeds of their own.",
 }
 
@@ -82,6 +83,7 @@ def _row(benchmark: str, label: str, method: str, group: str, first: Row, seeds:
     }
     found = {"benchmark": benchmark, "label": label, "method": method, "group": group}
     found |= {"trainable": first["trainable"], "seeds": by_seed}
+    found["blind"] = next((summary["blind"] for summary in seeds.values() if "blind" in summary), None)
     if "orthonormal_modules" in first:
         found["orthonormal_modules"] = first["orthonormal_modules"]
     return found

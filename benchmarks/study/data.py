@@ -4,15 +4,14 @@
     data/generic/set/                    "mixed" scenes, for forgetting
     data/human-train/set/ ...            sets of a benchmark: train, validation, test, cross
 
-cross: 2K2K's children for THuman's adults, phone bursts with noisy depth for rendered prints, and for ClearPose tables
-of other patterns with taller glasses of another index, seen from lower down. All seeds begin at FIRST_SEED.
+Prints and people stand in rooms (`stages`), glasses on tables (`tables`). cross: phone bursts with noisy depth for
+rendered prints, 2K2K's children for THuman's adults, and for ClearPose tables of other patterns with taller glasses of
+another index, seen from lower down. All seeds begin at FIRST_SEED.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ import numpy as np
 
 from .settings import FIRST_SEED, Study
 
-#: Frames of a sequence on disk, by benchmark, and those between two views that are tested: four views of a person or
-#: of glasses are within some 20 degrees. From further apart a base this small takes all cameras for the first, and
-#: what is measured is how the points of such views happen to lie.
-FRAMES = {"face": 12, "human": 48, "clearpose": 16, "generic": 8}
-APART = {"face": 3, "human": 1, "clearpose": 1, "generic": 2}
+#: Frames of a sequence on disk, and those between two views that are tested.
+FRAMES, APART = 8, 2
 #: Height / width of the pictures.
 ASPECT = {"face": 1.0, "human": 1.0, "clearpose": 0.75, "generic": 1.0}
 SETS = ("train", "validation", "test", "cross")
-#: Cells per height of a drawn person, and pixels along a side of a print.
-DETAIL, PRINT = 48, 256
+#: Cells per height of a drawn person.
+DETAIL = 40
+#: Metres of the unit that a benchmark measures in: prints in a scene within [-1, 1]^3, people in their height.
+UNITS = {"face": 4.0, "human": 1.7}
 
 
 def draw(study: Study, place: Path, what: str, part: str, index: int, size: int, patch: int) -> dict[str, Any]:
@@ -38,8 +36,8 @@ def draw(study: Study, place: Path, what: str, part: str, index: int, size: int,
     if what in study.attributes or what == "generic":
         return _scenes(study, place, what, index, size)
     count, first = getattr(study, part), FIRST_SEED + 1000 * SETS.index(part)
-    {"face": _faces, "human": _people, "clearpose": _glasses}[what](place, part, count, first, size, patch)
-    return {"sequences": count, "frames": FRAMES[what]}
+    {"face": _faces, "human": _people, "clearpose": _glasses}[what](study, place, part, count, first, size, patch)
+    return {"sequences": count, "frames": FRAMES}
 
 
 def dataset_name(attribute: str, index: int) -> str:
@@ -64,7 +62,7 @@ def open_set(out: Path, what: str, part: str, study: Study) -> Any:
     dataset = open_benchmark(reader, root, **options)
     if part == "train":
         return dataset
-    return open_benchmark(reader, root, **options, sequences=fixed(dataset, study.views_tuned, APART[what]))
+    return open_benchmark(reader, root, **options, sequences=fixed(dataset, study.views_tuned, APART))
 
 
 def fixed(dataset: Any, views: int, apart: int) -> dict[str, list[str]]:
@@ -95,7 +93,7 @@ def _scenes(study: Study, place: Path, what: str, index: int, size: int) -> dict
         trajectory="orbit" if not mixed and index % 2 and what != "camera" else "spline",
         seed=FIRST_SEED + index,
         size=size,
-        views=FRAMES["generic"] if mixed else study.views,
+        views=FRAMES if mixed else study.views,
         triangles=study.triangles,
     )
     count = study.generic if mixed else study.scenes
@@ -109,129 +107,90 @@ def _scenes(study: Study, place: Path, what: str, index: int, size: int) -> dict
     return {"sequences": count, "frames": recipe.views}
 
 
-def _people(place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
-    """THuman's stand-in, in 2K2K's place children, through the scripts that render the real ones."""
+def _room(study: Study, what: str, seed: int, size: int) -> Any:
+    """Rooms like those that the base was trained on, of seeds of their own."""
+    from peft_attrsub.scenes.recipes import AttributeRecipe
+
+    first = {"face": 100_000, "human": 200_000}[what]
+    return AttributeRecipe("mixed", seed + first, size=size, views=FRAMES, triangles=study.triangles)
+
+
+def _people(study: Study, place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
+    """Three people of THuman's stand-in in a room, in 2K2K's place children, seen from below the ceiling."""
     import prepare_2k2k
     import prepare_thuman
 
+    from peft_attrsub.datasets.meshes import find_2k2k, find_thuman
+    from peft_attrsub.datasets.writing import is_finished
+
+    from . import subjects
+    from .stages import SUBJECTS, above, find_stage, write_stage
+
+    script, find, height = prepare_thuman, find_thuman, subjects.ADULT
+    if part == "cross":
+        script, find, height = prepare_2k2k, find_2k2k, subjects.CHILD
     meshes = place.with_name("meshes")
-    script, detail = (prepare_2k2k, DETAIL + 8) if part == "cross" else (prepare_thuman, DETAIL)
-    drawn = ["--out", str(meshes), "--people", str(count), "--seed", str(seed), "--detail", str(detail)]
+    drawn = ["--out", str(meshes), "--people", str(count), "--seed", str(seed), "--detail", str(DETAIL)]
     _finish(script.run(["standin", *drawn]), meshes)
-    how = ["--split", "all", "--views", str(FRAMES["human"]), "--size", str(size), "--renderer", "raycast"]
-    how += ["--depth", "npy", "--texture-size", "512"]
-    _finish(script.run(["render", "--meshes", str(meshes), "--out", str(place), *how]), place)
+    known, recipe = subjects.people(meshes, find), _room(study, "human", seed, size)
+    for scene in range(count):
+
+        def choose(rng: np.random.Generator, scene: int = scene) -> list[Any]:
+            chosen = [known[(scene + other) % count] for other in range(SUBJECTS)]
+            return [subjects.person(one, height, 90.0, rng) for one in chosen]
+
+        target = place / f"{scene:04d}"
+        if not is_finished(target):
+            made, views = find_stage(recipe, [seed, scene], choose, above, study.texture)
+            write_stage(target, made, views, unit=UNITS["human"], digits=3, masks=False)
 
 
-def _faces(place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
-    """Prints of drawn portraits, one sequence each, in the nine tilts by turns; or bursts of them."""
+def _faces(study: Study, place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
+    """Three prints of drawn portraits in a room, from a camera that is held at a slant; or bursts of such."""
     import prepare_faces
-    from _prints import Print, print_scene
     from standins.phone import record_burst, write_soap_bundle
-    from standins.portraits import draw_portrait
-    from tqdm import tqdm
 
     from peft_attrsub.datasets.bundles import CAMERAS, unpack_bundle
     from peft_attrsub.datasets.splits import face_view_name
+    from peft_attrsub.datasets.writing import is_finished
+    from peft_attrsub.scenes.raycast import RaycastRenderer
 
-    words = ["standin", "--out", str(place), "--size", str(size), "--frames", str(FRAMES["face"]), "--seed", str(seed)]
-    args = prepare_faces.parser().parse_args([*words, "--texture-size", str(PRINT), "--depth", "npy"])
-    tilts = prepare_faces.tilts(9)
+    from .stages import SUBJECTS, find_stage, rolled, write_stage
+    from .subjects import portrait
+
+    recipe = _room(study, "face", seed, size)
     for scene in range(count):
-        portrait, tilt = draw_portrait(seed + scene), tilts[scene % len(tilts)]
-        if part == "cross":
-            target = place / prepare_faces.RELEASE / f"face_{scene:02d}"
-            if (target / CAMERAS).is_file():
-                continue
-            narrow = max(patch, round(size * 0.75 / patch) * patch)
-            options = {"frames": args.frames, "texture_size": PRINT, "fov": (45.0, 50.0)}
-            made = print_scene(Print(portrait.image), [seed, scene, 9], tilt, (narrow, size), **options)
-            bundle = place.with_name("bundles") / f"face_{scene:02d}"
-            with prepare_faces.open_renderer(args, made) as renderer:
-                write_soap_bundle(bundle, *record_burst(made.scene, renderer, [seed, scene, 9]))
-            # Trusted: this program has just written it.
-            unpack_bundle(bundle, target, trust_pickle=True, depth_encoding="metric")
+
+        def choose(rng: np.random.Generator, scene: int = scene) -> list[Any]:
+            return [portrait(seed + SUBJECTS * scene + other, rng) for other in range(SUBJECTS)]
+
+        key = [seed, scene]
+        if part != "cross":
+            target = place / f"{scene:02d}_00" / face_view_name(0.0, 0.0)
+            if not is_finished(target):
+                made, views = find_stage(recipe, key, choose, rolled, study.texture)
+                write_stage(target, made, views, unit=UNITS["face"], digits=8, masks=True)
             continue
-        target = place / f"{scene:02d}_00" / face_view_name(*tilt)
-        one = Print(portrait.image, mask=portrait.mask)
-        with tqdm(total=args.frames, disable=True) as bar:
-            prepare_faces.render_print(args, one, target, [seed, scene, 0], tilt, bar)
+        target = place / prepare_faces.RELEASE / f"face_{scene:02d}"
+        if (target / CAMERAS).is_file():
+            continue
+        narrow = (size, max(patch, round(size * 0.75 / patch) * patch))
+        made, _ = find_stage(recipe, key, choose, rolled, study.texture, narrow)
+        bundle = place.with_name("bundles") / f"face_{scene:02d}"
+        with RaycastRenderer(made.scene, 2, mesh=made.mesh, maps=made.maps, threads=1) as renderer:
+            write_soap_bundle(bundle, *record_burst(made.scene, renderer, key))
+        # Trusted: this program has just written it.
+        unpack_bundle(bundle, target, trust_pickle=True, depth_encoding="metric")
 
 
-def _glasses(place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
+def _glasses(study: Study, place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
     """Scenes of the stand-in for ClearPose, three quarters as high as wide."""
-    from standins.glasses import write_scene
+    from .tables import write_table
 
     pixels = (max(patch, round(size * ASPECT["clearpose"] / patch) * patch), size)
     for number in range(count):
-        folder, key = place / f"set{1 + number // 9}" / f"scene{1 + number % 9}", (seed, number, 0)
-        if part == "cross":
-            _other_glasses(folder, key, pixels)
-        else:
-            write_scene(folder, key, FRAMES["clearpose"], pixels)
-
-
-def _other_glasses(folder: Path, key: Sequence[int], pixels: tuple[int, int]) -> None:
-    """A scene of another domain: a striped or spotted table, taller and narrower glasses of lower index, low cameras.
-
-    Written as `standins.glasses.write_scene` does, whole or not at all.
-    """
-    from dataclasses import replace
-    from shutil import rmtree
-
-    from standins import glasses as g
-
-    from peft_attrsub.scenes.storage import write_atomically
-
-    if folder.is_dir():
-        return
-    partial = folder.with_name(f".{folder.name}.partial")
-    rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    rng = np.random.default_rng([*key, 0])
-    table = g.draw_table(rng)
-    glasses = [_taller(one) for one in table.glasses]
-    table = replace(table, glasses=glasses, pattern=_other_pattern(rng), period=0.5 * table.period)
-    cameras = [_lower(pose) for pose in g.arc(rng, FRAMES["clearpose"])]
-    record = {}
-    for number, camera in enumerate(cameras):
-        stem, found = f"{100 * number:06d}", g.render(table, camera, pixels, np.random.default_rng([*key, 1 + number]))
-        for kind, picture in found.items():
-            write_atomically(partial / f"{stem}-{kind}.png", g.encode(kind, picture))
-        record[stem] = g.frame_record(table, camera, np.linalg.inv(cameras[0]), found["label"])
-    write_atomically(partial / "metadata.mat", g.encode_metadata(record))
-    os.replace(partial, folder)
-
-
-def _taller(glass: Any) -> Any:
-    """The same glass at 1.35 of its height and 0.85 of its width, so that none touch, and of a lower index."""
-    from dataclasses import replace
-
-    pose = glass.pose.copy()
-    if pose[2, 2] < 0:  # it stands upside down, at its own height
-        pose[2, 3] *= 1.35
-    return replace(glass, meridian=glass.meridian * [0.85, 1.35], pose=pose, ior=1.0 + 0.7 * (glass.ior - 1.0))
-
-
-def _other_pattern(rng: np.random.Generator) -> np.ndarray:
-    """(256, 256, 3) linear: stripes or spots in two strong colours, without the wood's grain."""
-    u, v = np.meshgrid(np.arange(256), np.arange(256))
-    spots = (u % 64 - 32) ** 2 + (v % 64 - 32) ** 2 < 20**2
-    mix = (spots if rng.random() < 0.5 else (u + v) // 16 % 2 == 0)[..., None]
-    first, second = rng.uniform(0.02, 0.25, 3), rng.uniform(0.5, 0.9, 3)
-    return np.where(mix, first, second)
-
-
-def _lower(pose: np.ndarray) -> np.ndarray:
-    """World from camera at 0.6 of its height above the table and a little nearer, looking at the same middle."""
-    out = np.eye(4)
-    out[:3, 3] = pose[:3, 3] * [0.95, 0.95, 0.6]
-    forward = np.array([0.0, 0.0, 0.05]) - out[:3, 3]
-    forward /= np.linalg.norm(forward)
-    right = np.cross(forward, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    out[:3, :3] = np.stack([right, np.cross(forward, right), forward], axis=1)
-    return out
+        folder = place / f"set{1 + number // 9}" / f"scene{1 + number % 9}"
+        write_table(folder, (seed, number, 0), FRAMES, pixels, other=part == "cross")
 
 
 def _finish(status: int, folder: Path) -> None:

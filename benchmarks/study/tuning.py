@@ -14,7 +14,7 @@ import torch
 
 from .data import ASPECT, open_set
 from .entries import Entry, entries
-from .measuring import evaluate, score
+from .measuring import OtherPictures, evaluate, score
 from .settings import Study
 from .training import Base, build_model, fit, load_state, make_batches, save_state
 
@@ -77,7 +77,14 @@ def tune(
         save_state(built, out / name / STATE)
     else:
         found["sets"] = measure_all(built.base, study, out, benchmark)
+        if seed == 0:
+            found["blind"] = blind(built.base, study, out, benchmark)
     return found
+
+
+def blind(model: Any, study: Study, out: Path, benchmark: str) -> dict[str, float]:
+    """Means over the test set with the pictures of other sequences."""
+    return evaluate(model, OtherPictures(open_set(out, benchmark, "test", study)), study)["mean"]
 
 
 def measure_all(model: Any, study: Study, out: Path, benchmark: str) -> dict[str, Any]:
@@ -92,7 +99,8 @@ def measure_all(model: Any, study: Study, out: Path, benchmark: str) -> dict[str
 def measure_base(study: Study, out: Path, benchmark: str) -> dict[str, Any]:
     """The row "none"."""
     model = copy.deepcopy(Base.get(study.model))
-    return {"trainable": 0, "sets": measure_all(model, study, out, benchmark)}
+    found = {"sets": measure_all(model, study, out, benchmark), "blind": blind(model, study, out, benchmark)}
+    return {"trainable": 0} | found
 
 
 def use_raw_columns(built: Any, out: Path, entry: Entry, study: Study) -> int:
