@@ -4,9 +4,9 @@
     data/generic/set/                    "mixed" scenes, for forgetting
     data/human-train/set/ ...            sets of a benchmark: train, validation, test, cross
 
-Prints and people stand in rooms (`stages`), glasses on tables (`tables`). cross: phone bursts with noisy depth for
-rendered prints, 2K2K's children for THuman's adults, and for ClearPose tables of other patterns with taller glasses of
-another index, seen from lower down. All seeds begin at FIRST_SEED.
+Prints and people stand in rooms (examples/vggt/prepare_rooms.py), glasses on tables (`tables`). cross: phone bursts
+with noisy depth for rendered prints, 2K2K's children for THuman's adults, and for ClearPose tables of other patterns
+with taller glasses of another index, seen from lower down. All seeds begin at FIRST_SEED.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .settings import FIRST_SEED, Study
 
 #: Frames of a sequence on disk, and those between two views that are tested.
@@ -24,10 +22,6 @@ FRAMES, APART = 8, 2
 #: Height / width of the pictures.
 ASPECT = {"face": 1.0, "human": 1.0, "clearpose": 0.75, "generic": 1.0}
 SETS = ("train", "validation", "test", "cross")
-#: Cells per height of a drawn person.
-DETAIL = 40
-#: Metres of the unit that a benchmark measures in: prints in a scene within [-1, 1]^3, people in their height.
-UNITS = {"face": 4.0, "human": 1.7}
 
 
 def draw(study: Study, place: Path, what: str, part: str, index: int, size: int, patch: int) -> dict[str, Any]:
@@ -107,75 +101,45 @@ def _scenes(study: Study, place: Path, what: str, index: int, size: int) -> dict
     return {"sequences": count, "frames": recipe.views}
 
 
-def _room(study: Study, what: str, seed: int, size: int) -> Any:
-    """Rooms like those that the base was trained on, of seeds of their own."""
-    from peft_attrsub.scenes.recipes import AttributeRecipe
+def _rooms(study: Study, what: str, place: Path, part: str, count: int, seed: int, size: int) -> Any:
+    """Arguments of prepare_rooms.py."""
+    import prepare_rooms
 
-    first = {"face": 100_000, "human": 200_000}[what]
-    return AttributeRecipe("mixed", seed + first, size=size, views=FRAMES, triangles=study.triangles)
+    words = [what, "--out", str(place), "--scenes", str(count), "--views", str(FRAMES), "--size", str(size)]
+    words += ["--seed", str(seed), "--triangles", str(study.triangles), "--texture-size", str(study.texture)]
+    words += ["--meshes", str(place.with_name("meshes"))] if what == "people" else []
+    words += ["--children"] if what == "people" and part == "cross" else []
+    return prepare_rooms.parser().parse_args(words)
 
 
 def _people(study: Study, place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
     """Three people of THuman's stand-in in a room, in 2K2K's place children, seen from below the ceiling."""
-    import prepare_2k2k
-    import prepare_thuman
+    import prepare_rooms
 
-    from peft_attrsub.datasets.meshes import find_2k2k, find_thuman
-    from peft_attrsub.datasets.writing import is_finished
-
-    from . import subjects
-    from .stages import SUBJECTS, above, find_stage, write_stage
-
-    script, find, height = prepare_thuman, find_thuman, subjects.ADULT
-    if part == "cross":
-        script, find, height = prepare_2k2k, find_2k2k, subjects.CHILD
-    meshes = place.with_name("meshes")
-    drawn = ["--out", str(meshes), "--people", str(count), "--seed", str(seed), "--detail", str(DETAIL)]
-    _finish(script.run(["standin", *drawn]), meshes)
-    known, recipe = subjects.people(meshes, find), _room(study, "human", seed, size)
-    for scene in range(count):
-
-        def choose(rng: np.random.Generator, scene: int = scene) -> list[Any]:
-            chosen = [known[(scene + other) % count] for other in range(SUBJECTS)]
-            return [subjects.person(one, height, 90.0, rng) for one in chosen]
-
-        target = place / f"{scene:04d}"
-        if not is_finished(target):
-            made, views = find_stage(recipe, [seed, scene], choose, above, study.texture)
-            write_stage(target, made, views, unit=UNITS["human"], digits=3, masks=False)
+    prepare_rooms.draw_people(_rooms(study, "people", place, part, count, seed, size))
 
 
 def _faces(study: Study, place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
     """Three prints of drawn portraits in a room, from a camera that is held at a slant; or bursts of such."""
     import prepare_faces
+    import prepare_rooms
     from standins.phone import record_burst, write_soap_bundle
+    from standins.stages import find_stage, rolled
 
     from peft_attrsub.datasets.bundles import CAMERAS, unpack_bundle
-    from peft_attrsub.datasets.splits import face_view_name
-    from peft_attrsub.datasets.writing import is_finished
     from peft_attrsub.scenes.raycast import RaycastRenderer
 
-    from .stages import SUBJECTS, find_stage, rolled, write_stage
-    from .subjects import portrait
-
-    recipe = _room(study, "face", seed, size)
+    args = _rooms(study, "prints", place, part, count, seed, size)
+    if part != "cross":
+        prepare_rooms.draw_prints(args)
+        return
+    narrow = (size, max(patch, round(size * 0.75 / patch) * patch))
     for scene in range(count):
-
-        def choose(rng: np.random.Generator, scene: int = scene) -> list[Any]:
-            return [portrait(seed + SUBJECTS * scene + other, rng) for other in range(SUBJECTS)]
-
-        key = [seed, scene]
-        if part != "cross":
-            target = place / f"{scene:02d}_00" / face_view_name(0.0, 0.0)
-            if not is_finished(target):
-                made, views = find_stage(recipe, key, choose, rolled, study.texture)
-                write_stage(target, made, views, unit=UNITS["face"], digits=8, masks=True)
-            continue
         target = place / prepare_faces.RELEASE / f"face_{scene:02d}"
         if (target / CAMERAS).is_file():
             continue
-        narrow = (size, max(patch, round(size * 0.75 / patch) * patch))
-        made, _ = find_stage(recipe, key, choose, rolled, study.texture, narrow)
+        chosen, key = prepare_rooms.choose_prints(seed, scene), [seed, scene]
+        made, _ = find_stage(prepare_rooms.room(args), key, chosen, rolled, study.texture, narrow)
         bundle = place.with_name("bundles") / f"face_{scene:02d}"
         with RaycastRenderer(made.scene, 2, mesh=made.mesh, maps=made.maps, threads=1) as renderer:
             write_soap_bundle(bundle, *record_burst(made.scene, renderer, key))
@@ -191,13 +155,6 @@ def _glasses(study: Study, place: Path, part: str, count: int, seed: int, size: 
     for number in range(count):
         folder = place / f"set{1 + number // 9}" / f"scene{1 + number % 9}"
         write_table(folder, (seed, number, 0), FRAMES, pixels, other=part == "cross")
-
-
-def _finish(status: int, folder: Path) -> None:
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        raise ValueError(f"{folder} could not be drawn (status {status}): see the log.")
 
 
 def described(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def poses(found: list[Any]) -> np.ndarray:
 
 
 def test_a_slant_keeps_place_and_direction() -> None:
-    from study.stages import ROLL, rolled
+    from standins.stages import ROLL, rolled
 
     known = cameras()
     before, after = poses(known), poses(rolled(known, np.random.default_rng(0), 2.0))
@@ -48,7 +48,7 @@ def test_a_slant_keeps_place_and_direction() -> None:
 
 
 def test_cameras_below_the_ceiling_look_down_and_keep_their_distances() -> None:
-    from study.stages import BELOW, PITCH, above
+    from standins.stages import BELOW, PITCH, above
 
     known = cameras()
     before, after = poses(known), poses(above(known, np.random.default_rng(0), 2.0))
@@ -61,8 +61,8 @@ def test_cameras_below_the_ceiling_look_down_and_keep_their_distances() -> None:
 
 def test_subjects_stand_on_the_floor_where_their_pixels_are() -> None:
     pytest.importorskip("open3d")
-    from study.stages import CLEAR, find_stage, rolled
-    from study.subjects import portrait
+    from standins.stages import CLEAR, find_stage, rolled
+    from standins.subjects import portrait
 
     from peft_attrsub.scenes.recipes import AttributeRecipe
 
@@ -91,8 +91,8 @@ def test_subjects_stand_on_the_floor_where_their_pixels_are() -> None:
 
 def test_a_scene_that_shows_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open3d")
-    from study import stages
-    from study.subjects import portrait
+    from standins import stages
+    from standins.subjects import portrait
 
     from peft_attrsub.scenes.recipes import AttributeRecipe
 
@@ -105,8 +105,8 @@ def test_a_scene_that_shows_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_units_of_a_stage_that_is_written_and_read(tmp_path: Path) -> None:
     pytest.importorskip("open3d")
-    from study.stages import above, find_stage, write_stage
-    from study.subjects import portrait
+    from standins.stages import above, find_stage, write_stage
+    from standins.subjects import portrait
 
     from peft_attrsub.datasets import open_benchmark
     from peft_attrsub.scenes.recipes import AttributeRecipe
