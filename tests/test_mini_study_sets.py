@@ -123,6 +123,34 @@ def test_units_of_a_stage_that_is_written_and_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.array(centres), poses(made.scene.cameras)[:, :3, 3] / 2, atol=1e-5)
 
 
+def test_rooms_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds are read as their benchmarks; another seed is another set; what is there stays."""
+    pytest.importorskip("open3d")
+    import prepare_rooms
+
+    from peft_attrsub.datasets import open_benchmark
+
+    few = ["--scenes", "2", "--views", "2", "--size", "32", "--triangles", "500", "--texture-size", "16"]
+    for what, reader in (("people", "human"), ("prints", "face")):
+        out = tmp_path / what
+        assert prepare_rooms.main([what, "--out", str(out), "--detail", "24", *few]) == 0
+        data = open_benchmark(reader, out, views=None)
+        first, second = (data.read(name) for name in data.names)
+        assert bool(first.point_masks.all()) and first.images.shape == (2, 3, 32, 32)
+        assert not torch.equal(first.images, second.images)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "prints").rglob("*.*")}
+    assert prepare_rooms.main(["prints", "--out", str(tmp_path / "prints"), *few]) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "prints").rglob("*.*")}
+    assert prepare_rooms.main(["prints", "--out", str(tmp_path / "other"), "--seed", "1", *few]) == 0
+    frame = "00_00/theta0.00_phi0.00_d0.30/renderings/00000000_rgba.png"
+    assert (tmp_path / "other" / frame).read_bytes() != (tmp_path / "prints" / frame).read_bytes()
+    capsys.readouterr()
+    assert prepare_rooms.main(["prints", "--out", str(tmp_path / "none"), "--views", "0"]) == 2
+    assert (
+        capsys.readouterr().err == "prepare_rooms: --views 0: give 1 or more.\n" and not (tmp_path / "none").exists()
+    )
+
+
 def test_cameras_of_a_table_see_its_middle_from_their_heights() -> None:
     from study.tables import AWAY, ELEVATION, ROLL, path
 

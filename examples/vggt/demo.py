@@ -4,8 +4,9 @@
 
 1. Tiny datasets of ray-cast scenes, in each of which one attribute varies: texture, geometry, camera, lighting.
 2. A LoRA on each of them, and `peft-attrsub build-basis` mines the subspace that the LoRA of an attribute share.
-3. Cores in that basis, and a plain LoRA beside them, learn made-up people; the same frozen heads, data and steps.
-4. All are measured on people nobody has seen, and on generic scenes, for what was forgotten.
+3. Cores in that basis, and a plain LoRA beside them, learn made-up people in rooms, seen from below the ceiling; the
+   same frozen heads, data and steps.
+4. All are measured on people and rooms nobody has seen, and on generic scenes, for what was forgotten.
 
 Every step is one of the commands of this folder, printed as it starts, with its log in OUT/steps. OUT/index.html shows
 the result, whichever way it falls, and OUT/summary.json holds its numbers. Whatever stops a run, the same command

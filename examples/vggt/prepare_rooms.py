@@ -128,10 +128,11 @@ def draw_prints(args: argparse.Namespace, done: Any = None) -> None:
 def draw(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    if min(args.scenes, args.views, args.size, args.triangles, args.texture_size) < 1 or args.seed < 0:
-        raise ValueError(
-            "--scenes, --views, --size, --triangles and --texture-size must be 1 or more, --seed 0 or more."
-        )
+    for option in ("scenes", "views", "size", "triangles", "texture_size"):
+        if (value := getattr(args, option)) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: give 1 or more.")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed}: give 0 or more.")
     with tqdm(total=args.scenes, unit="scene", desc=f"{args.what} in rooms") as bar:
         (draw_people if args.what == "people" else draw_prints)(args, bar.update)
 

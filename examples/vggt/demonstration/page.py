@@ -104,8 +104,8 @@ def render(result: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
 <header>
 <h1>Attribute subspaces, from made scenes to tuned cores</h1>
 <p class="lead">{escape(_model(settings))} ({parameters_text(settings["parameters"])} parameters) was tuned on
-made-up people, by a LoRA and by cores in a basis mined from {result["adapters"]} adapters, each of which saw scenes in
-which one attribute varies.{toy}</p>
+made-up people in rooms, by a LoRA and by cores in a basis mined from {result["adapters"]} adapters, each of which saw
+scenes in which one attribute varies.{toy}</p>
 </header>
 <main>
 {"".join(parts)}</main>
@@ -210,7 +210,7 @@ def _panels(shown: Mapping[str, Any]) -> str:
         for method, data in shown["panels"].items()
     )
     return (
-        '<section id="depth"><h2>Depth and its error</h2><p>The same person: image, predicted depth, true depth, and '
+        '<section id="depth"><h2>Depth and its error</h2><p>The same room: image, predicted depth, true depth, and '
         f'relative error. Each picture has its own scale of the error, which stands below it.</p><div class="three">'
         f"{figures}</div></section>"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from peft_attrsub.datasets.writing import CAMERAS
 from peft_attrsub.evaluation.files import write_atomically
 
 ATTRIBUTES = ("texture", "geometry", "camera", "lighting")
@@ -25,9 +26,9 @@ SETTINGS, MEASURED = "training.yaml", "measured.json"
 @dataclass(frozen=True)
 class Scale:
     """How much of everything. datasets: per attribute, with `scenes` of `views` each. generic: held-out scenes in
-    which everything varies, to see what is forgotten. people, held_out: to learn from and to measure on, with `around`
-    views on a ring, of which `seen` neighbours are measured. detail: cells per height of a person. rank, steps, rate,
-    a_ratio: of an adapter on a dataset. lora_rank, dim: of the two ways to tune (dim: per attribute), with
+    which everything varies, to see what is forgotten. people, held_out: rooms with people to learn from and to measure
+    on, of `shots` views each, of which every second is measured. detail: cells per height of a person. rank, steps,
+    rate, a_ratio: of an adapter on a dataset. lora_rank, dim: of the two ways to tune (dim: per attribute), with
     `tune_steps` and rates of their own. images: per step. draws: of random subspaces, for the report."""
 
     datasets: int
@@ -36,8 +37,7 @@ class Scale:
     generic: int
     people: int
     held_out: int
-    around: int
-    seen: int
+    shots: int
     detail: int
     rank: int
     steps: int
@@ -58,12 +58,10 @@ SCALES = {
         scenes=6,
         views=6,
         generic=6,
-        people=16,
-        held_out=6,
-        # A model this small tells cameras apart that are close, not those across a ring: views are 7.5 degrees apart.
-        around=48,
-        seen=6,
-        detail=64,
+        people=24,
+        held_out=8,
+        shots=8,
+        detail=40,
         rank=8,
         steps=30,
         rate=2e-3,
@@ -83,8 +81,7 @@ SCALES = {
         generic=1,
         people=2,
         held_out=1,
-        around=4,
-        seen=2,
+        shots=4,
         detail=24,
         rank=2,
         steps=2,
@@ -165,12 +162,8 @@ def write_settings(out: Path, image_size: int, scale: Scale) -> None:
 
 
 def measured_views(scale: Scale) -> dict[str, list[str]]:
-    """Held-out person -> neighbouring views, seen from another side each."""
-    found = {}
-    for number in range(scale.held_out):
-        first = number * scale.around // scale.held_out
-        found[_id(scale.people + number)] = [f"{(first + k) % scale.around:03d}" for k in range(scale.seen)]
-    return found
+    """Held-out room -> every second view."""
+    return {_id(number): [f"{view:03d}" for view in range(0, scale.shots, 2)] for number in range(scale.held_out)}
 
 
 def plan(out: Path, model: str, image_size: int, scale: Scale) -> list[Step]:
@@ -185,16 +178,8 @@ def _data(out: Path, size: int, scale: Scale) -> list[Step]:
     scenes = ["generate_scenes.py", "--attribute", "all", "--datasets", str(scale.datasets), *scenes, "--workers", "1"]
     generic = ["--scenes", str(scale.generic), "--views", str(scale.views), "--size", str(size), "--workers", "1"]
     generic = ["generate_scenes.py", "--attribute", "mixed", "--datasets", "1", "--seed", "7", *generic]
-    count = scale.people + scale.held_out
-    scans = ["prepare_thuman.py", "standin", "--people", str(count), "--detail", str(scale.detail)]
     last = f"{ATTRIBUTES[-1]}_{scale.datasets - 1:02d}"
     made = [
-        _step(
-            "scans",
-            "people, drawn from numbers",
-            [*scans, "--out", out / "scans"],
-            out / "scans" / "model" / _id(count - 1),
-        ),
         _step(
             "scenes",
             "scenes in which one attribute varies",
@@ -202,21 +187,11 @@ def _data(out: Path, size: int, scale: Scale) -> list[Step]:
             out / "data" / last / "contact_sheet.png",
         ),
     ]
-    for name, first, number in (("people", 0, scale.people), ("people-held-out", scale.people, scale.held_out)):
-        words = [
-            "prepare_thuman.py",
-            "render",
-            "--meshes",
-            out / "scans",
-            "--out",
-            out / name,
-            "--renderer",
-            "raycast",
-        ]
-        words += ["--views", scale.around, "--size", size, "--texture-size", "512", "--depth", "npy"]
-        ids = [_id(first + index) for index in range(number)]
-        title = "pictures of the people" + (" that nothing is learnt from" if first else "")
-        made.append(_step(name, title, [*words, "--ids", *ids], out / name / ids[-1], ("scans",)))
+    for seed, (name, rooms) in enumerate((("people", scale.people), ("people-held-out", scale.held_out))):
+        words = ["prepare_rooms.py", "people", "--out", out / name, "--scenes", rooms, "--views", scale.shots]
+        words += ["--size", size, "--detail", scale.detail, "--seed", seed]
+        title = "rooms with people" + (" that nothing is learnt from" if seed else "")
+        made.append(_step(name, title, words, out / name / _id(rooms - 1) / CAMERAS))
     words = [*generic, "--out", out / "generic"]
     made.append(_step("generic", "generic scenes", words, out / "generic" / "mixed_00" / "contact_sheet.png"))
     return made
