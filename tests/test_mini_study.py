@@ -356,6 +356,7 @@ def made_up(better: bool) -> dict[str, Any]:
             mean = {"acc": acc * 1e-3 + noise * 1e-3, "comp": 0.003, "nc": 0.7, "abs_rel": 0.1 * acc, "delta": 0.9}
             summary["sets"] = {part: {"mean": mean, "skipped": {}} for part in ("test", "cross", "generic")}
             summary["trainable"] = sizes.get(label.split("-")[0], 100)
+            summary["blind"] = {"abs_rel": 0.3}
     pair = {"attribute": "texture", "other": "lighting", "median": 0.2, "null_median": 0.6, "null_low": 0.5}
     gap = {"difference": 0.1, "se": 0.01, "n": 5, "verdict": "better" if better else "no difference"}
     energy = {"own": {"mean": 0.5}, "shuffled": {"mean": 0.4}, "gap": gap}
@@ -381,6 +382,7 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert "mined D=4 | 100 | 1.01 ± 0.01" in good
     assert "mined D=4 | 100 | 3.01 ± 0.01" in bad
     flat = " ".join(good.split())
+    assert "With those of another sequence AbsRel is human 1.50 to 3.00 times." in flat
     assert "beyond two standard errors for texture" in flat
     assert "Is the mined basis better than PSV at equal D?** (1 comparison) in domain Acc: better 1" in flat
     assert "In none of these comparisons is it worse" in flat

@@ -82,6 +82,7 @@ def _opening(result: Row) -> str:
 def _answers(result: Row) -> str:
     answers = result["answers"]
     return bullets(
+        _looked(result),
         _exist(answers),
         _agree(result),
         _apart(answers),
@@ -90,6 +91,27 @@ def _answers(result: Row) -> str:
         _fewer(result),
         _losses(result),
         _forgetting(result),
+    )
+
+
+def _looked(result: Row) -> str:
+    """AbsRel with others' pictures over AbsRel with one's own, least and most over the tuned rows of a benchmark."""
+    parts = []
+    for benchmark in result["settings"]["benchmarks"]:
+        ratios = [
+            row["blind"]["abs_rel"] / own
+            for row in result["rows"]
+            if (row["benchmark"], row["group"]) == (benchmark, "main")
+            and row["method"] != "none"
+            and row.get("blind")
+            and (own := row["seeds"].get("0", {}).get("test", {}).get("abs_rel"))
+        ]
+        if ratios:
+            parts.append(f"{benchmark} {number(min(ratios))} to {number(max(ratios))} times")
+    if not parts:
+        return ""
+    return (
+        "**Do tuned models look at the pictures?** With those of another sequence AbsRel is " + "; ".join(parts) + "."
     )
 
 
