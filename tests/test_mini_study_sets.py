@@ -189,7 +189,11 @@ def test_others_pictures_are_the_next_ones_and_cost_who_looks_at_them() -> None:
     assert [float(other.read(name).images[0, 0, 0, 0]) * 4 for name in other.names] == [2.0, 3.0, 1.0]
     assert [float(other.read(name).depths[0, 0, 0]) for name in other.names] == [1.0, 2.0, 3.0]
 
-    made = Made()
-    made.read = lambda name: SimpleNamespace(images=torch.zeros(1, 3, 4, 4 + made.names.index(name)))  # type: ignore[method-assign,assignment,return-value]
+    class Uneven:
+        names = Made.names
+
+        def read(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(images=torch.zeros(1, 3, 4, 4 + self.names.index(name)))
+
     with pytest.raises(ValueError, match="another size"):
-        OtherPictures(made).read("a")
+        OtherPictures(Uneven()).read("a")

@@ -149,12 +149,15 @@ def _faces(study: Study, place: Path, part: str, count: int, seed: int, size: in
 
 def _glasses(study: Study, place: Path, part: str, count: int, seed: int, size: int, patch: int) -> None:
     """Scenes of the stand-in for ClearPose, three quarters as high as wide."""
-    from .tables import write_table
+    from standins.glasses import write_scene
+
+    from .tables import draw_other, draw_table
 
     pixels = (max(patch, round(size * ASPECT["clearpose"] / patch) * patch), size)
     for number in range(count):
         folder = place / f"set{1 + number // 9}" / f"scene{1 + number % 9}"
-        write_table(folder, (seed, number, 0), FRAMES, pixels, other=part == "cross")
+        drawn = draw_other if part == "cross" else draw_table
+        write_scene(folder, (seed, number, 0), FRAMES, pixels, draw=drawn)
 
 
 def described(folder: Path) -> dict[str, Any]:

@@ -6,11 +6,7 @@ looks at no picture is nearly as good. Here height, distance, slant and aim of t
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -19,53 +15,38 @@ import numpy as np
 ELEVATION, LOW, TURN, ROLL, AWAY = (25.0, 65.0), (12.0, 25.0), (30.0, 60.0), 40.0, (0.5, 1.0)
 
 
-def write_table(folder: Path, key: Sequence[int], views: int, pixels: tuple[int, int], other: bool) -> None:
-    """One scene, whole or not at all. pixels: (height, width). other: of another domain, with a striped or spotted
-    table, taller and narrower glasses of lower index, and low cameras."""
-    from standins import glasses as g
+def draw_table(rng: np.random.Generator, views: int) -> tuple[Any, np.ndarray]:
+    """A table of the stand-in, and cameras of its own."""
+    from standins import glasses
 
-    from peft_attrsub.scenes.storage import write_atomically
+    return glasses.draw_table(rng), path(rng, views, ELEVATION)
 
-    if folder.is_dir():
-        return
-    partial = folder.with_name(f".{folder.name}.partial")
-    rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    rng = np.random.default_rng([*key, 0])
-    table = g.draw_table(rng)
-    if other:
-        glasses = [_taller(one) for one in table.glasses]
-        table = replace(table, glasses=glasses, pattern=_other_pattern(rng), period=0.5 * table.period)
-    cameras = path(rng, views, LOW if other else ELEVATION)
-    record = {}
-    for number, camera in enumerate(cameras):
-        stem, found = f"{100 * number:06d}", g.render(table, camera, pixels, np.random.default_rng([*key, 1 + number]))
-        for kind, picture in found.items():
-            write_atomically(partial / f"{stem}-{kind}.png", g.encode(kind, picture))
-        record[stem] = g.frame_record(table, camera, np.linalg.inv(cameras[0]), found["label"])
-    write_atomically(partial / "metadata.mat", g.encode_metadata(record))
-    os.replace(partial, folder)
+
+def draw_other(rng: np.random.Generator, views: int) -> tuple[Any, np.ndarray]:
+    """Of another domain: striped or spotted, with taller and narrower glasses of lower index, and low cameras."""
+    from standins import glasses
+
+    table = glasses.draw_table(rng)
+    standing = [_taller(one) for one in table.glasses]
+    table = replace(table, glasses=standing, pattern=_other_pattern(rng), period=0.5 * table.period)
+    return table, path(rng, views, LOW)
 
 
 def path(rng: np.random.Generator, views: int, elevation: tuple[float, float]) -> np.ndarray:
     """World from camera (views, 4, 4), OpenCV axes: an arc around a point on the table, held at one slant."""
+    from standins.stages import slant
+
+    from peft_attrsub.scenes.trajectories import look_at
+
     start, turn = rng.uniform(0, 2 * np.pi), np.radians(rng.uniform(*TURN)) * rng.choice([-1, 1])
     rise, dip = np.radians(rng.uniform(*elevation)), np.radians(rng.uniform(-7, 7))
-    away, nearer, roll = rng.uniform(*AWAY), rng.uniform(-0.15, 0.15), np.radians(rng.uniform(-ROLL, ROLL))
+    away, nearer, roll = rng.uniform(*AWAY), rng.uniform(-0.15, 0.15), rng.uniform(-ROLL, ROLL)
     aim = np.array([*rng.uniform(-0.12, 0.12, 2), 0.05])
-    c, s = np.cos(roll), np.sin(roll)
-    poses = np.tile(np.eye(4), (views, 1, 1))
-    for pose, along in zip(poses, np.linspace(0, 1, views), strict=True):
-        angle, height, distance = start + turn * along, rise + dip * (along - 0.5), away * (1 + nearer * (along - 0.5))
-        outward = [np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), np.sin(height)]
-        eye = aim * [1, 1, 0] + distance * np.array(outward)
-        forward = (aim - eye) / np.linalg.norm(aim - eye)
-        right = np.cross(forward, [0.0, 0.0, 1.0])
-        right /= np.linalg.norm(right)
-        down = np.cross(forward, right)
-        pose[:3, :3] = np.stack([c * right + s * down, c * down - s * right, forward], axis=1)
-        pose[:3, 3] = eye
-    return poses
+    along = np.linspace(0, 1, views)
+    angle, height = start + turn * along, rise + dip * (along - 0.5)
+    outward = np.stack([np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), np.sin(height)], axis=1)
+    eyes = aim * [1, 1, 0] + (away * (1 + nearer * (along - 0.5)))[:, None] * outward
+    return np.asarray(look_at(eyes, aim) @ slant(roll))
 
 
 def _taller(glass: Any) -> Any:

@@ -99,8 +99,8 @@ def measure_all(model: Any, study: Study, out: Path, benchmark: str) -> dict[str
 def measure_base(study: Study, out: Path, benchmark: str) -> dict[str, Any]:
     """The row "none"."""
     model = copy.deepcopy(Base.get(study.model))
-    found = {"sets": measure_all(model, study, out, benchmark), "blind": blind(model, study, out, benchmark)}
-    return {"trainable": 0} | found
+    sets = measure_all(model, study, out, benchmark)
+    return {"trainable": 0, "sets": sets, "blind": blind(model, study, out, benchmark)}
 
 
 def use_raw_columns(built: Any, out: Path, entry: Entry, study: Study) -> int:

@@ -170,7 +170,7 @@ def print_scene(
     maps = [render_maps(material, 256) for material in materials]
     maps.append(_card_maps(one, texture_size))
     card = _card_mesh(pose, card_size, one.height, len(materials), texture_size)
-    return PrintScene(scene, _together(build_mesh(scene), card), maps, pose, card_size)
+    return PrintScene(scene, together(build_mesh(scene), card), maps, pose, card_size)
 
 
 def _room(rng: np.random.Generator, centre: np.ndarray, out: np.ndarray) -> tuple[list[Material], list[Shape]]:
@@ -278,13 +278,15 @@ def _sampled(height: np.ndarray, side: np.ndarray) -> np.ndarray:
     return np.asarray(top * (1 - y) + bottom * y)
 
 
-def _together(one: Mesh, other: Mesh) -> Mesh:
+def together(*parts: Mesh) -> Mesh:
+    """All parts as one mesh."""
+    starts = np.cumsum([0, *(len(part.vertices) for part in parts[:-1])])
     joined: dict[str, Any] = {
-        key: np.concatenate([getattr(one, key), getattr(other, key)])
+        key: np.concatenate([getattr(part, key) for part in parts])
         for key in ("vertices", "uv", "normals", "material", "object_id")
     }
-    shifted = other.triangles + np.int32(len(one.vertices))
-    return Mesh(triangles=np.concatenate([one.triangles, shifted]).astype(np.int32), **joined)
+    triangles = np.concatenate([part.triangles + start for part, start in zip(parts, starts, strict=True)])
+    return Mesh(triangles=triangles.astype(np.int32), **joined)
 
 
 def _rotation(vector: Any) -> np.ndarray:
@@ -297,4 +299,15 @@ def _rotation(vector: Any) -> np.ndarray:
     return np.asarray(np.eye(3) + np.sin(angle) * k + (1 - np.cos(angle)) * (k @ k))
 
 
-__all__ = ["CARD", "DISTANCE", "FRAMES", "TILTS", "Print", "PrintScene", "natural_spline", "print_scene", "tremble"]
+__all__ = [
+    "CARD",
+    "DISTANCE",
+    "FRAMES",
+    "TILTS",
+    "Print",
+    "PrintScene",
+    "natural_spline",
+    "print_scene",
+    "together",
+    "tremble",
+]

@@ -40,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
     add("--scenes", type=int, default=20, help="sequences (default: 20)")
     add("--views", type=int, default=8, help="of each (default: 8)")
     add("--size", type=int, default=80, help="width and height in pixels (default: 80)")
-    add("--seed", type=int, default=0, help="of another seed, everything is another (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of everything; prints of seeds N apart share faces from N / 3 scenes on (default: 0)",
+    )
     add("--meshes", type=Path, help="people: folder of their meshes (default: OUT-meshes)")
     add("--detail", type=int, default=40, help="people: cells per height (default: 40)")
     add("--children", action="store_true", help="people: 2K2K's children in the place of THuman's adults")

@@ -277,12 +277,14 @@ def write_scene(
     size: tuple[int, int] = SIZE,
     supersample: int = 1,
     progress: Callable[[int], object] = lambda done: None,
+    draw: Callable[[np.random.Generator, int], tuple[Table, np.ndarray]] | None = None,
 ) -> None:
     """Draw one scene and write it, whole or not at all; one that stands there already is left as it is.
 
     The unfinished scene is `.<name>.partial` beside the folder; what a killed run left there is taken up again, if it
     was drawn with the same settings. ValueError where the folder holds another scene. The world is the first camera,
-    as tracking has it. progress(n) is called after n more views.
+    as tracking has it. progress(n) is called after n more views. draw: generator, views -> table and cameras (None:
+    `draw_table` and `arc`); it is the caller's part to give other seeds to another one.
     """
     if views < 1 or min(size) < 8 or supersample < 1:
         raise ValueError(f"{views} views of {size[0]} x {size[1]} pixels: give 1 or more, of 8 x 8 or more.")
@@ -299,7 +301,7 @@ def write_scene(
     partial.mkdir(parents=True, exist_ok=True)
     write_atomically(partial / SETTINGS, json_bytes(settings))
     rng = np.random.default_rng([*key, 0])
-    table, cameras = draw_table(rng), arc(rng, views)
+    table, cameras = (draw_table(rng), arc(rng, views)) if draw is None else draw(rng, views)
     record = {}
     for index, camera in enumerate(cameras):
         stem = f"{100 * index:06d}"

@@ -49,11 +49,15 @@ class Stage:
     ids: tuple[int, ...]
 
 
+def slant(degrees: float) -> np.ndarray:
+    """(4, 4) that turns a camera about where it looks: pose @ slant."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
 def rolled(cameras: Sequence[Any], rng: np.random.Generator, ceiling: float) -> list[Any]:
     """All cameras turned about where they look, by one angle of ROLL to either side."""
-    angle = np.radians(rng.uniform(*ROLL) * rng.choice([-1, 1]))
-    c, s = np.cos(angle), np.sin(angle)
-    turn = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    turn = slant(rng.uniform(*ROLL) * rng.choice([-1, 1]))
     return [replace(camera, pose=(np.array(camera.pose) @ turn).tolist()) for camera in cameras]
 
 
@@ -71,6 +75,8 @@ def stage(
     recipe: Any, index: int, subjects: Sequence[Subject], move: Move, rng: np.random.Generator, texture: int
 ) -> Stage | None:
     """The scene with this index, its cameras moved, and the subjects in it; None where there is no room for them."""
+    from _prints import together
+
     from peft_attrsub.scenes.description import Material
     from peft_attrsub.scenes.meshes import Mesh, build_mesh
     from peft_attrsub.scenes.sampling import sample_scene
@@ -112,7 +118,7 @@ def stage(
         ids.append(first + number)
     plain = Material("plain", [[0.5, 0.5, 0.5]], scale=1.0, roughness=0.9)
     scene = replace(scene, materials=[*scene.materials, *[plain] * len(subjects)])
-    return Stage(scene, _joined(parts), maps, tuple(ids))
+    return Stage(scene, together(*parts), maps, tuple(ids))
 
 
 def _place(
@@ -138,23 +144,6 @@ def _place(
             continue
         return place
     return None
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    from peft_attrsub.scenes.meshes import Mesh
-
-    starts = np.cumsum([0, *(len(part.vertices) for part in parts[:-1])])
-    columns = {
-        name: np.concatenate([getattr(part, name) for part in parts]).astype(np.float32)
-        for name in ("vertices", "uv", "normals")
-    }
-    triangles = [part.triangles + start for part, start in zip(parts, starts, strict=True)]
-    whole = {"triangles": np.concatenate(triangles).astype(np.int32)}
-    whole |= {
-        name: np.concatenate([getattr(part, name) for part in parts]).astype(np.int32)
-        for name in ("material", "object_id")
-    }
-    return Mesh(**columns, **whole)
 
 
 def find_stage(
