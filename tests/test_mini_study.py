@@ -384,13 +384,13 @@ def test_the_page_says_what_the_numbers_say() -> None:
     flat = " ".join(good.split())
     assert "With those of another sequence AbsRel is human 1.50 to 3.00 times." in flat
     assert "beyond two standard errors for texture" in flat
-    assert "Is the mined basis better than PSV at equal D?** (1 comparison) in domain Acc: better 1" in flat
-    assert "In none of these comparisons is it worse" in flat
+    assert "Is the mined basis better than PSV at equal D?** (1 comparison) in domain Acc better 1; AbsRel" in flat
+    assert "In none of these comparisons is Acc or AbsRel worse" in flat
     assert "there lies inside: human: mined D=4 20.0 %, PSV D=4 10.0 %." in flat
     flat = " ".join(bad.split())
     assert "for no attribute beyond two standard errors" in flat
-    assert "in domain Acc: worse 1" in flat
-    assert "human: mined D=4 against LoRA r=16 (Acc in domain" in flat
+    assert "in domain Acc worse 1" in flat
+    assert "in Acc or AbsRel: human mined D=4 (in domain: r = 16" in flat
     assert "default basis, output side: 0 of 1 pairs overlap no more than random" in flat
 
 

@@ -17,6 +17,8 @@ QUESTION = (
 Row = Mapping[str, Any]
 SETS = {"test": "in domain", "cross": "across", "generic": "where it came from"}
 NAMES = {"acc": "Acc", "comp": "Comp", "nc": "NC", "abs_rel": "AbsRel", "delta": "δ1.25"}
+#: The columns that answers count; the other ones are in the tables, and their verdicts in the JSON.
+COUNTED = ("acc", "abs_rel")
 METHODS = {
     "none": "none",
     "full": "full",
@@ -167,17 +169,20 @@ def _apart(answers: Row) -> str:
     return "**Are attributes disentangled?** " + "; ".join(parts) + "."
 
 
-def _count(comparisons: Sequence[Row], part: str, columns: Sequence[str]) -> str:
-    """ "Acc better in 2 of 3, no difference in 1", by column."""
-    said = []
-    for name in columns:
-        verdicts = [
-            v["verdict"] for one in comparisons for v in one["verdicts"] if (v["set"], v["column"]) == (part, name)
-        ]
-        if verdicts:
-            counts = [f"{word} {verdicts.count(word)}" for word in dict.fromkeys(sorted(verdicts))]
-            said.append(f"{NAMES[name]}: {', '.join(counts)}")
-    return "; ".join(said)
+def _counts(comparisons: Sequence[Row]) -> str:
+    """ "(3 comparisons) in domain Acc better 2, no difference 1; AbsRel worse 3 | across ...", of COUNTED columns."""
+    parts = []
+    for part, words in SETS.items():
+        said = []
+        for name in COUNTED:
+            given = [
+                v["verdict"] for one in comparisons for v in one["verdicts"] if (v["set"], v["column"]) == (part, name)
+            ]
+            if given:
+                counts = [f"{word} {given.count(word)}" for word in sorted(set(given))]
+                said.append(f"{NAMES[name]} {', '.join(counts)}")
+        parts += [f"{words} {'; '.join(said)}"] if said else []
+    return f"({plural(len(comparisons), 'comparison')}) " + " | ".join(parts) + "."
 
 
 def _versus(result: Row, key: str, other: str) -> str:
@@ -185,10 +190,7 @@ def _versus(result: Row, key: str, other: str) -> str:
     if not chosen:
         return ""
     title = {"psv": "PSV", "random": "a random basis"}[other]
-    parts = [f"{words} {said}" for part, words in SETS.items() if (said := _count(chosen, part, NAMES))]
-    return f"**Is the mined basis better than {title} at equal D?** ({plural(len(chosen), 'comparison')}) " + (
-        " | ".join(parts) + "."
-    )
+    return f"**Is the mined basis better than {title} at equal D?** {_counts(chosen)}"
 
 
 def _why(result: Row) -> str:
@@ -207,27 +209,29 @@ def _fewer(result: Row) -> str:
     chosen = result["answers"]["fewer"]
     if not chosen:
         return "**Better than LoRA with four times fewer parameters?** No two rows are that far apart."
-    parts = [f"{words} {said}" for part, words in SETS.items() if (said := _count(chosen, part, NAMES))]
-    return (
-        f"**Better than LoRA with at least four times fewer parameters?** ({plural(len(chosen), 'comparison')}) "
-        + " | ".join(parts)
-        + "."
-    )
+    return f"**Better than LoRA with at least four times fewer parameters?** {_counts(chosen)}"
 
 
 def _losses(result: Row) -> str:
-    """Where LoRA of at least four times the size is ahead in Acc or AbsRel."""
-    lost: dict[str, list[str]] = {}
-    for one in result["answers"]["fewer"]:
-        worse = [f"{NAMES[v['column']]} {SETS[v['set']]}" for v in one["verdicts"] if v["verdict"] == "worse"]
-        if worse:
-            what = f"{_label(one['one'])} against {_label(one['other'])} ({', '.join(worse)})"
-            lost.setdefault(one["benchmark"], []).append(what)
+    """Where LoRA of at least four times the size is ahead in Acc or AbsRel: by mined row, set and rank."""
     if not result["answers"]["fewer"]:
         return ""
+    lost: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for one in result["answers"]["fewer"]:
+        for part in SETS:
+            verdicts = [v for v in one["verdicts"] if v["set"] == part and v["column"] in COUNTED]
+            if any(v["verdict"] == "worse" for v in verdicts):
+                row = lost.setdefault((one["benchmark"], _label(one["one"])), {})
+                row.setdefault(SETS[part], []).append(one["other"].partition("-")[2])
     if not lost:
-        return "**When is it not?** In none of these comparisons is it worse beyond two standard errors."
-    return "**When is it not?** " + "; ".join(f"{name}: {', '.join(rows)}" for name, rows in lost.items()) + "."
+        return "**When is it not?** In none of these comparisons is Acc or AbsRel worse beyond two standard errors."
+    said = [
+        f"{benchmark} {label} ({'; '.join(f'{words}: r = {join(ranks)}' for words, ranks in sets.items())})"
+        for (benchmark, label), sets in lost.items()
+    ]
+    return (
+        "**When is it not?** Behind a LoRA of at least four times its size in Acc or AbsRel: " + ", ".join(said) + "."
+    )
 
 
 def _forgetting(result: Row) -> str:
