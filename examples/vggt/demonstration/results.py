@@ -87,7 +87,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     said += [_forgetting(result, method) for method in TUNED]
     count = len(result["methods"]["base"]["people"]["errors"])
     said.append(
-        f"One training of each on a few scenes, measured on {count} held-out {'person' if count == 1 else 'people'}: "
+        f"One training of each on a few rooms, measured in {count} held-out {'room' if count == 1 else 'rooms'}: "
         "differences of a few percent may be chance."
     )
     return said
@@ -105,7 +105,7 @@ def _learnt(result: Mapping[str, Any], method: str) -> str:
     better = sum(after["errors"][one] < before["errors"][one] for one in after["errors"] if one in before["errors"])
     return (
         f"{name} learnt: on held-out people points err by {percent(share)} less than the base model's "
-        f"(better for {better} of {len(after['errors'])})."
+        f"(better in {better} of {len(after['errors'])} rooms)."
     )
 
 
@@ -125,7 +125,7 @@ def _against(result: Mapping[str, Any]) -> str:
     word = "less" if share < 0 else "more"
     return (
         f"With {sizes}, the cores err by {percent(share)} {word} than the LoRA on people "
-        f"(better for {closer} of {len(common)})."
+        f"(better in {closer} of {len(common)} rooms)."
     )
 
 
