@@ -1,7 +1,7 @@
 """The paper's tables in miniature: a small VGGT, stand-in benchmarks drawn offline, seeds and error bars.
 
     python benchmarks/mini_study.py --plan                # jobs by stage and minutes, from measured speeds
-    python benchmarks/mini_study.py                       # the whole study, about three hours on two cores
+    python benchmarks/mini_study.py                       # the whole study, about two and a half hours on two cores
     python benchmarks/mini_study.py --quick               # a check in a quarter of an hour; publishes nothing
     python benchmarks/mini_study.py --stage diagnosis     # no further than this, to look before it goes on
     python benchmarks/mini_study.py --page                # the result as Markdown, and its figures
@@ -56,7 +56,7 @@ def study_of(args: argparse.Namespace) -> Study:
     model = Base.get(args.model)
     width = model.config.embed_dim
     study = (QUICK if args.quick else FULL).changed([*changes, *args.set])
-    if (largest := max(*study.dims, study.ablation_dim)) > width:
+    if (largest := max(*study.dims, *study.oracle_dims, study.ablation_dim)) > width:
         raise ValueError(f"D = {largest} is more than the model's width of {width}: give --set dims=[...] below it.")
     return study.changed([f"base={state_digest(model.state_dict())}"])
 

@@ -44,6 +44,7 @@ TOY = {
     "ranks": [2],
     "dims": [4],
     "basis_dims": [],
+    "oracle_dims": [4],
     "ablation_dim": 4,
     "ablations": [],
     "folds": 1,
@@ -114,11 +115,11 @@ def test_a_killed_study_goes_on_to_the_same_result(model: Path, tmp_path: Path) 
     assert "agreement of 4 source adapters of rank 2" in printed
     result = json.loads((whole / "result.json").read_text())
     assert result["missing"] == 0
-    assert {row["label"] for row in result["rows"]} == {"none", "full", "lora-2", "attrsub-4"}
+    assert {row["label"] for row in result["rows"]} == {"none", "full", "lora-2", "attrsub-4", "oracle-4"}
     for row in result["rows"]:
         for part in ("test", "cross", "generic"):
             assert all(math.isfinite(row["seeds"]["0"][part][name]) for name in ("acc", "comp", "nc", "abs_rel"))
-    assert 0 <= result["explained"]["human"]["inside"]["attrsub-4"] <= 1
+    assert 0 <= result["explained"]["human"]["inside"]["attrsub-4"] < result["oracle"]["human"]["inside"]["4"] <= 1
     assert str(tmp_path) not in json.dumps(result["command"])
 
     process = begin(model, halved)
@@ -316,6 +317,26 @@ def test_what_lies_inside_against_the_projection() -> None:
     assert inside(torch.zeros(9, 7, dtype=torch.float64), a, b) == 0.0
 
 
+def test_the_oracle_holds_more_of_an_update_than_any_other_basis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from study import explaining
+
+    from peft_attrsub.basis import Basis
+
+    g = torch.Generator().manual_seed(1)
+    update = torch.randn(9, 7, generator=g, dtype=torch.float64)
+    monkeypatch.setattr(explaining, "changed", lambda study, path: {"blocks.0.fc": update})
+    found = explaining.make_oracle(toy(oracle_dims=(2, 4)), tmp_path, "human", "tuning/human/full/rate-0.001")
+    s = torch.linalg.svdvals(update).square()
+    assert found["inside"] == pytest.approx({"2": float(s[:2].sum() / s.sum()), "4": float(s[:4].sum() / s.sum())})
+    u, _, v = Basis.from_pretrained(tmp_path / "bases" / "oracle-human" / "basis").factors("blocks.0.fc", "oracle")
+    assert explaining.inside(update, u, v) == pytest.approx(found["inside"]["4"], rel=1e-5)
+    for _ in range(20):
+        a, b = (torch.linalg.qr(torch.randn(k, 4, generator=g, dtype=torch.float64))[0] for k in update.shape)
+        assert explaining.inside(update, a, b) < found["inside"]["4"]
+
+
 def test_frames_that_are_measured_are_apart_and_start_elsewhere() -> None:
     from study.data import fixed
 
@@ -353,6 +374,7 @@ def made_up(better: bool) -> dict[str, Any]:
             _, _, label, *seed = name.split("/")
             noise = 0.01 * int(seed[0][-1]) if seed else 0.0
             acc = (1.0 if better else 3.0) if label.startswith("attrsub") else 2.0
+            acc = 0.5 if label.startswith("oracle") else acc
             mean = {"acc": acc * 1e-3 + noise * 1e-3, "comp": 0.003, "nc": 0.7, "abs_rel": 0.1 * acc, "delta": 0.9}
             summary["sets"] = {part: {"mean": mean, "skipped": {}} for part in ("test", "cross", "generic")}
             summary["trainable"] = sizes.get(label.split("-")[0], 100)
@@ -367,6 +389,7 @@ def made_up(better: bool) -> dict[str, Any]:
         "spectra": {"texture": [1.0, 0.1, 0.01]},
         "held_out": {"dim": 2, "folds": 5, "attributes": {"texture": energy}, "random": 0.02},
     }
+    done["bases/oracle-human"]["inside"] = {"4": 0.6}
     done["tuning/human/explained"]["inside"] = {"attrsub-4": 0.2, "psv-4": 0.1}
     side = {"within": 0.4, "across": 0.2, "random": 0.05, "z": 3.0}
     done["diagnosis"] |= {"adapters": 4, "rank": 2, "output": side, "input": side}
@@ -387,6 +410,8 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert "Is the mined basis better than PSV at equal D?** (1 comparison) in domain Acc better 1; AbsRel" in flat
     assert "In none of these comparisons is Acc or AbsRel worse" in flat
     assert "there lies inside: human: mined D=4 20.0 %, PSV D=4 10.0 %." in flat
+    assert "AbsRel in domain is: human oracle D=4 5.00 (mined 10.0, PSV 20.0, random 20.0)." in flat
+    assert "there lies inside the oracle: human D=4 60.0 %." in flat
     flat = " ".join(bad.split())
     assert "for no attribute beyond two standard errors" in flat
     assert "in domain Acc worse 1" in flat

@@ -28,6 +28,7 @@ METHODS = {
     "psv": "PSV D=",
     "random": "random D=",
     "attrsub": "mined D=",
+    "oracle": "oracle D=",
 }
 
 
@@ -36,6 +37,8 @@ def markdown(result: Row) -> str:
     for number_, benchmark in enumerate(result["settings"]["benchmarks"], 1):
         parts += [f"### Table {number_}: {result['units'][benchmark]['title']}, a stand-in", _table(result, benchmark)]
     parts += ["### Table 4: the mined basis beside PSV and random ones at equal D", _same_size(result)]
+    if result["answers"]["oracle"]:
+        parts += ["### What the best basis would bring", _oracle(result)]
     parts += ["### Table 5, supplement 1 and our ablations", _ablations(result)]
     parts += ["### What was mined", _mined(result), "### How to read it", _rules(result)]
     shown = {"mini_study_accuracy": "Accuracy against trained parameters", "mini_study_basis": "Spectra and overlaps"}
@@ -202,7 +205,25 @@ def _why(result: Row) -> str:
             parts.append(f"{benchmark}: {', '.join(said)}")
     if not parts:
         return ""
-    return "**Why?** Of the energy of full fine-tuning's update there lies inside: " + "; ".join(parts) + "."
+    said = "**Why?** Of the energy of full fine-tuning's update there lies inside: " + "; ".join(parts) + "."
+    return said + _best(result)
+
+
+def _best(result: Row) -> str:
+    """AbsRel in domain of the oracle beside the other bases of its D."""
+    rows = {(row["benchmark"], row["label"]): row for row in result["rows"]}
+    parts: dict[str, list[str]] = {}
+    for one in result["answers"]["oracle"]:
+        found = [_mean(rows[one["benchmark"], one[key]], "test", "abs_rel") for key in ("one", "other")]
+        values = [value for value in found if value is not None]
+        if len(values) == 2:
+            own, other = (number(100 * value) for value in values)
+            row = parts.setdefault(f"{one['benchmark']} {_label(one['one'])} {own}", [])
+            row.append(f"{_label(one['other']).partition(' ')[0]} {other}")
+    if not parts:
+        return ""
+    said = "; ".join(f"{first} ({', '.join(others)})" for first, others in parts.items())
+    return f" With the oracle, the singular vectors of that update, AbsRel in domain is: {said}."
 
 
 def _fewer(result: Row) -> str:
@@ -317,6 +338,17 @@ def _same_size(result: Row) -> str:
     if not body:
         return "Not measured."
     return page(table(["benchmark", "", "against", *_heads()], body), _difference())
+
+
+def _oracle(result: Row) -> str:
+    body = [_compared(result, one) for one in result["answers"]["oracle"]]
+    shares = [
+        f"{benchmark} {join([f'D={d} {percent(value)}' for d, value in found['inside'].items()])}"
+        for benchmark, found in result["oracle"].items()
+        if found
+    ]
+    note = prose(_difference(), f"Of the update there lies inside the oracle: {'; '.join(shares)}.")
+    return page(table(["benchmark", "", "against", *_heads()], body), note)
 
 
 def _heads() -> list[str]:

@@ -59,6 +59,10 @@ def _explain(study: Study, out: Path, name: str, options: dict[str, Any]) -> dic
     return explaining.explain(study, out, **options)
 
 
+def _make_oracle(study: Study, out: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return explaining.make_oracle(study, out, **options)
+
+
 ACTIONS = {
     "draw": _draw,
     "train_source": _train_source,
@@ -67,4 +71,5 @@ ACTIONS = {
     "tune": _tune,
     "measure_base": _measure_base,
     "explain": _explain,
+    "make_oracle": _make_oracle,
 }

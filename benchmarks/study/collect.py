@@ -10,7 +10,7 @@ from .data import reader_of
 from .entries import Entry, entries, reference
 from .measuring import COLUMNS
 from .mining import variants
-from .plan import Done, decision, explained_name, seed_name, swept
+from .plan import Done, decision, explained_name, oracle_name, seed_name, swept
 from .settings import Study
 from .statistics import paired, tally
 from .tuning import SETS
@@ -34,6 +34,8 @@ RULES = {
     "δ1.25: one scale per sequence, in percent. All on fixed views that no training has seen.",
     "parameters": "At equal parameters or fewer: cores of total size D have D² parameters a matrix, a LoRA of rank r "
     "(n + m) r.",
+    "oracle": "The oracle's A and B are the first singular vectors of the update that full fine-tuning made with the "
+    "same training data (seed 0): the best basis there is for it, known only afterwards.",
     "blind": "With the pictures of another sequence: what the answer is worth that looks at none. Test set, seed 0.",
     "forgetting": "Generic scenes are of the kind that the base was trained on, with seeds of their own.",
 }
@@ -70,6 +72,7 @@ def collect(study: Study, done: Done) -> dict[str, Any]:
         "bases": {name: _without_job(done.get(f"bases/{name}")) for name in variants(study)},
         "sources": _sources(done),
         "explained": {name: _without_job(done.get(explained_name(name))) for name in study.benchmarks},
+        "oracle": {name: _without_job(done.get(oracle_name(name))) for name in study.benchmarks},
     }
     return result | {"answers": answers(study, result)}
 
@@ -172,12 +175,19 @@ def answers(study: Study, result: Mapping[str, Any]) -> dict[str, Any]:
             for other in (row for row in mined if row["method"] == "lora"):
                 if other["trainable"] >= 4 * one["trainable"]:
                     found["fewer"].append(_against(rows, benchmark, one["label"], other["label"]))
+    found["oracle"] = [
+        _against(rows, benchmark, f"oracle-{dim}", f"{other}-{dim}")
+        for benchmark in study.benchmarks
+        for dim in study.oracle_dims
+        for other in ("attrsub", "psv", "random")
+        if {(benchmark, f"oracle-{dim}"), (benchmark, f"{other}-{dim}")} <= set(rows)
+    ]
     found["ablations"] = [
         _against(rows, row["benchmark"], row["label"], reference(study).label)
         for row in result["rows"]
-        if row["group"] != "main" and (row["benchmark"], reference(study).label) in rows
+        if row["group"] not in ("main", "oracle") and (row["benchmark"], reference(study).label) in rows
     ]
-    for name in ("same_size", "fewer", "ablations"):
+    for name in ("same_size", "fewer", "oracle", "ablations"):
         found[f"{name}_tally"] = {part: _tally(found[name], part) for part in SETS}
     return found
 

@@ -99,9 +99,24 @@ def ablation_entries(study: Study) -> list[Entry]:
     return found
 
 
+def oracle_basis(benchmark: str) -> str:
+    """Name of the basis that is made of full fine-tuning's update on a benchmark."""
+    return f"oracle-{benchmark}"
+
+
+def oracle_entries(study: Study, benchmark: str) -> list[Entry]:
+    """Cores in the first singular vectors of full fine-tuning's update: what a basis can bring at all."""
+    if "full" not in study.methods:
+        return []
+    return [
+        Entry(f"oracle-{d}", "cores", {"method": "attrsub", "dim": [str(d)]}, oracle_basis(benchmark), group="oracle")
+        for d in study.oracle_dims
+    ]
+
+
 def entries(study: Study, benchmark: str) -> list[Entry]:
     """All rows of a benchmark; the reference of the ablations is among the main ones."""
-    found = main_entries(study)
+    found = main_entries(study) + oracle_entries(study, benchmark)
     if benchmark != study.ablated_on or not study.ablations:
         return found
     if reference(study).label not in [entry.label for entry in found]:

@@ -4,6 +4,12 @@
 
 dW: what full fine-tuning with its chosen rate and seed 0 has changed; A, B: the orthonormal columns of a row of cores.
 By chance D^2 / (n m) lies inside. What a core of that size can learn at all is bounded by it.
+
+The oracle is the basis with the most inside, which nobody has before the task is learnt: with dW = U S V^T
+
+    A = U[:, :D] ,  B = V[:, :D] .
+
+Cores in it say how much the choice of a basis matters at that D.
 """
 
 from __future__ import annotations
@@ -12,9 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .entries import main_entries
+from .entries import main_entries, oracle_basis
 from .settings import Study
 from .training import Base, build_model
 from .tuning import STATE
@@ -35,6 +42,25 @@ def explain(study: Study, out: Path, state: str) -> dict[str, Any]:
                 shares.append(inside(update, layer.attrsub_A["default"], layer.attrsub_B["default"]))
             found[entry.label] = fmean(shares)
     return {"inside": found, "modules": len(updates)}
+
+
+def make_oracle(study: Study, out: Path, benchmark: str, state: str) -> dict[str, Any]:
+    """Store the oracle of a benchmark, of the largest of `oracle_dims`; D -> `inside`."""
+    from peft_attrsub.basis import Basis
+
+    updates, factors = changed(study, out / state / STATE), {}
+    for module, update in updates.items():
+        u, s, vh = torch.linalg.svd(update, full_matrices=False)
+        factors[module] = tuple(part.contiguous() for part in (u, s, vh.T))
+    largest = max(study.oracle_dims)
+    kept = {m: (u[:, :largest], s[:largest], v[:, :largest]) for m, (u, s, v) in factors.items()}
+    place = out / "bases" / oracle_basis(benchmark) / "basis"
+    Basis.from_factors({"oracle": kept}).save_pretrained(place, overwrite=True)
+    shares = {
+        str(d): fmean(inside(updates[m], u[:, :d], v[:, :d]) for m, (u, _, v) in factors.items())
+        for d in study.oracle_dims
+    }
+    return {"inside": shares}
 
 
 def changed(study: Study, path: Path) -> dict[str, Tensor]:

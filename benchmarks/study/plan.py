@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .data import SETS, dataset_name
-from .entries import Entry, entries
+from .entries import Entry, entries, oracle_basis
 from .mining import needed, variants
 from .settings import EXTENSIONS, STEP, Study
 from .statistics import choose_rate
@@ -160,19 +160,37 @@ def _tuning(study: Study, benchmark: str, done: Done) -> list[Job]:
 
 
 def _explaining(study: Study, benchmark: str, done: Done) -> list[Job]:
-    """How much of full fine-tuning's update the bases hold, once its rate is chosen."""
+    """What follows from full fine-tuning's update once its rate is chosen: how much of it the bases hold, and the
+    oracle."""
     full = next((entry for entry in entries(study, benchmark) if entry.label == "full"), None)
     if full is None:
         return []
     choice = decision(study, benchmark, full, done)
     chosen = sweep_name(benchmark, full.label, choice[1]) if choice is not None and choice[0] == "take" else None
-    needs = ("bases/default", *([] if chosen is None else [chosen]))
-    ready = chosen is not None
-    return [Job(explained_name(benchmark), "tune", "explain", {"state": chosen}, needs, {"mine": 1}, ready)]
+    needs, ready = () if chosen is None else (chosen,), chosen is not None
+    found = [
+        Job(
+            explained_name(benchmark),
+            "tune",
+            "explain",
+            {"state": chosen},
+            ("bases/default", *needs),
+            {"mine": 1},
+            ready,
+        )
+    ]
+    if study.oracle_dims:
+        options = {"benchmark": benchmark, "state": chosen}
+        found.append(Job(oracle_name(benchmark), "tune", "make_oracle", options, needs, {"mine": 1}, ready))
+    return found
 
 
 def explained_name(benchmark: str) -> str:
     return f"tuning/{benchmark}/explained"
+
+
+def oracle_name(benchmark: str) -> str:
+    return f"bases/{oracle_basis(benchmark)}"
 
 
 def _run(

@@ -39,8 +39,9 @@ class Study:
     anything. source_ranks, rank_datasets: further ranks, and the datasets per attribute for these.
 
     Fine-tuning. steps, images: of every method alike. dims: total D of cores. basis_dims: D of the PSV and the random
-    basis. ranks: of LoRA; rank: of PiSSA and AdaLoRA. ablated: benchmark of the ablations, at D = ablation_dim;
-    ablations: which groups. sweep: how many rates of each family. queries: points that look for a neighbour.
+    basis. oracle_dims: D of cores in the update of full fine-tuning. ranks: of LoRA; rank: of PiSSA and AdaLoRA.
+    ablated: benchmark of the ablations, at D = ablation_dim; ablations: which groups. sweep: how many rates of each
+    family. queries: points that look for a neighbour.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Study:
     rank: int = 4
     dims: tuple[int, ...] = (8, 16, 24, 48)
     basis_dims: tuple[int, ...] = (8, 24)
+    oracle_dims: tuple[int, ...] = ()
     ablated: str = "human"
     ablation_dim: int = 24
     ablations: tuple[str, ...] = ("columns", "core", "attributes", "alpha", "rank", "allocation", "shared")
@@ -151,7 +153,7 @@ class Study:
         return dataclasses.replace(self, **values)
 
 
-FULL = Study("full")
+FULL = Study("full", oracle_dims=(8, 24))
 QUICK = Study(
     "quick",
     datasets=3,
