@@ -191,6 +191,20 @@ def test_full_and_quick_studies_can_be_played_to_their_end() -> None:
         assert all(job.name in done for job in jobs(study, done))
 
 
+def test_a_foreign_oracle_is_that_of_another_benchmark() -> None:
+    from study.plan import jobs
+
+    study = toy(benchmarks=("human", "face"), oracle_dims=(4, 8))
+    done, _ = play(study, lambda rate: abs(math.log(rate / 3e-3)))
+    needs = {job.name: job.needs for job in jobs(study, done)}
+    for own, other in (("human", "face"), ("face", "human")):
+        assert f"bases/oracle-{own}" in needs[f"tuning/{own}/oracle-8/seed-0"]
+        assert f"bases/oracle-{other}" in needs[f"tuning/{own}/foreign-4/seed-0"]
+        assert f"tuning/{own}/foreign-8/seed-0" not in needs
+        chosen = done[f"tuning/{own}/full/seed-0"]["rate"]
+        assert done[f"bases/oracle-{own}"]["options"]["state"] == f"tuning/{own}/full/rate-{chosen:g}"
+
+
 def test_a_sweep_follows_its_border_and_seed_0_takes_up_the_best_run() -> None:
     study = toy(seeds=2, sweep=2)
     done, order = play(study, lambda rate: rate)  # smaller is better without end
@@ -410,7 +424,7 @@ def test_the_page_says_what_the_numbers_say() -> None:
     assert "Is the mined basis better than PSV at equal D?** (1 comparison) in domain Acc better 1; AbsRel" in flat
     assert "In none of these comparisons is Acc or AbsRel worse" in flat
     assert "there lies inside: human: mined D=4 20.0 %, PSV D=4 10.0 %." in flat
-    assert "AbsRel in domain is: human oracle D=4 5.00 (mined 10.0, PSV 20.0, random 20.0)." in flat
+    assert "AbsRel is: human oracle D=4 5.00 (mined 10.0, PSV 20.0, random 20.0)." in flat
     assert "there lies inside the oracle: human D=4 60.0 %." in flat
     flat = " ".join(bad.split())
     assert "for no attribute beyond two standard errors" in flat

@@ -29,6 +29,7 @@ METHODS = {
     "random": "random D=",
     "attrsub": "mined D=",
     "oracle": "oracle D=",
+    "foreign": "foreign oracle D=",
 }
 
 
@@ -223,7 +224,9 @@ def _best(result: Row) -> str:
     if not parts:
         return ""
     said = "; ".join(f"{first} ({', '.join(others)})" for first, others in parts.items())
-    return f" With the oracle, the singular vectors of that update, AbsRel in domain is: {said}."
+    return (
+        f" With the oracle, the singular vectors of that update (foreign: of another benchmark's), AbsRel is: {said}."
+    )
 
 
 def _fewer(result: Row) -> str:

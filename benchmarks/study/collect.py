@@ -35,7 +35,8 @@ RULES = {
     "parameters": "At equal parameters or fewer: cores of total size D have D² parameters a matrix, a LoRA of rank r "
     "(n + m) r.",
     "oracle": "The oracle's A and B are the first singular vectors of the update that full fine-tuning made with the "
-    "same training data (seed 0): the best basis there is for it, known only afterwards.",
+    "same training data (seed 0): the best basis there is for it, known only afterwards. Foreign: the oracle of the "
+    "next benchmark.",
     "blind": "With the pictures of another sequence: what the answer is worth that looks at none. Test set, seed 0.",
     "forgetting": "Generic scenes are of the kind that the base was trained on, with seeds of their own.",
 }
@@ -176,11 +177,12 @@ def answers(study: Study, result: Mapping[str, Any]) -> dict[str, Any]:
                 if other["trainable"] >= 4 * one["trainable"]:
                     found["fewer"].append(_against(rows, benchmark, one["label"], other["label"]))
     found["oracle"] = [
-        _against(rows, benchmark, f"oracle-{dim}", f"{other}-{dim}")
+        _against(rows, benchmark, f"{one}-{dim}", f"{other}-{dim}")
         for benchmark in study.benchmarks
         for dim in study.oracle_dims
+        for one in ("oracle", "foreign")
         for other in ("attrsub", "psv", "random")
-        if {(benchmark, f"oracle-{dim}"), (benchmark, f"{other}-{dim}")} <= set(rows)
+        if {(benchmark, f"{one}-{dim}"), (benchmark, f"{other}-{dim}")} <= set(rows)
     ]
     found["ablations"] = [
         _against(rows, row["benchmark"], row["label"], reference(study).label)

@@ -105,13 +105,19 @@ def oracle_basis(benchmark: str) -> str:
 
 
 def oracle_entries(study: Study, benchmark: str) -> list[Entry]:
-    """Cores in the first singular vectors of full fine-tuning's update: what a basis can bring at all."""
-    if "full" not in study.methods:
+    """Cores in the first singular vectors of full fine-tuning's update: what a basis can bring at all; and, at the
+    smallest D, in those of another benchmark's update: what another task has learnt."""
+    if "full" not in study.methods or not study.oracle_dims:
         return []
-    return [
-        Entry(f"oracle-{d}", "cores", {"method": "attrsub", "dim": [str(d)]}, oracle_basis(benchmark), group="oracle")
-        for d in study.oracle_dims
-    ]
+
+    def entry(label: str, dim: int, of: str) -> Entry:
+        return Entry(
+            f"{label}-{dim}", "cores", {"method": "attrsub", "dim": [str(dim)]}, oracle_basis(of), group="oracle"
+        )
+
+    found = [entry("oracle", dim, benchmark) for dim in study.oracle_dims]
+    other = study.benchmarks[(study.benchmarks.index(benchmark) + 1) % len(study.benchmarks)]
+    return found if other == benchmark else [*found, entry("foreign", min(study.oracle_dims), other)]
 
 
 def entries(study: Study, benchmark: str) -> list[Entry]:
