@@ -44,7 +44,8 @@ def main_entries(study: Study) -> list[Entry]:
         elif method == "lora":
             found += [Entry(f"lora-{r}", "lora", {"method": "lora", "rank": r}) for r in study.ranks]
         elif method in ("pissa", "adalora"):
-            found.append(Entry(f"{method}-{study.rank}", "lora", {"method": method, "rank": study.rank}))
+            family = "lora" if method == "pissa" else method
+            found.append(Entry(f"{method}-{study.rank}", family, {"method": method, "rank": study.rank}))
         elif method in ("psv", "random"):
             found += [Entry(f"{method}-{d}", "cores", {"method": method, "dim": [str(d)]}) for d in study.basis_dims]
         elif method == "attrsub":

@@ -15,6 +15,8 @@ FIRST_SEED = 900_000
 RATES: dict[str, tuple[float, ...]] = {
     "full": (1e-4, 3e-4, 1e-3),
     "lora": (3e-4, 1e-3, 3e-3),
+    # Orthogonality is a part of its loss and its singular values start at 0: at a LoRA's rates it stays where it is.
+    "adalora": (3e-3, 1e-2, 3e-2),
     "cores": (3e-3, 1e-2, 3e-2),
 }
 #: Times that a sweep is extended at each end, where the best rate lies on its border.
