@@ -1,7 +1,7 @@
 """The paper's tables in miniature: a small VGGT, stand-in benchmarks drawn offline, seeds and error bars.
 
     python benchmarks/mini_study.py --plan                # jobs by stage and minutes, from measured speeds
-    python benchmarks/mini_study.py                       # the whole study, about two and a half hours on two cores
+    python benchmarks/mini_study.py                       # the whole study, less than three hours on two cores
     python benchmarks/mini_study.py --quick               # a check in a quarter of an hour; publishes nothing
     python benchmarks/mini_study.py --stage diagnosis     # no further than this, to look before it goes on
     python benchmarks/mini_study.py --page                # the result as Markdown, and its figures
@@ -146,7 +146,8 @@ def show(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{path} does not exist: run the study first.")
     result, made = json.loads(path.read_text(encoding="utf-8")), page()
     print(made.markdown(result))
-    folder = (args.out or path.parent) / "figures"
+    published = path.parent == _common.RESULTS  # whose figures are those of benchmarks/README.md
+    folder = (args.out or (path.parent.parent if published else path.parent)) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for stem, figure in made.figures(result).items():
         figure.savefig(folder / f".{stem}.partial.png", dpi=150, metadata={"Software": None})
