@@ -198,7 +198,7 @@ class TrainSettings:
 
     out: str | None = _set(None, "folder of the run: checkpoints, logs, the adapter; an existing run is continued")
     steps: int = _set(24_000, "of the optimiser")
-    lr: float = _set(1e-5, "peak")
+    lr: float = _set(1e-5, "peak; a small core takes several times a LoRA's")
     lr_start: float = _set(1e-8, "before the linear warm-up")
     lr_final: float = _set(1e-8, "after the cosine")
     lora_a_ratio: float = _set(1.0, "lora_A learns so many times as fast: it starts at random, lora_B at 0 (ours)")
