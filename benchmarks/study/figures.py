@@ -18,7 +18,10 @@ COLOURS = {
     "psv": "#E69F00",
     "random": "#CC79A7",
     "attrsub": "#D55E00",
+    "oracle": "#000000",
 }
+#: How the legend calls what is called otherwise elsewhere.
+WORDS = {"lora": "LoRA", "pissa": "PiSSA", "adalora": "AdaLoRA", "psv": "PSV", "attrsub": "mined"}
 PARTS = (("test", "in domain"), ("cross", "across"), ("generic", "where it came from"))
 
 
@@ -35,7 +38,7 @@ def accuracy(result: Row) -> Any:
             _curves(axis, result, benchmark, part, "abs_rel" if depth else "acc")
             axis.set_title(f"{benchmark}, {words}", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=8, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=9, fontsize=8, frameon=False)
     figure.supxlabel("trained parameters", fontsize=8)
     return figure
 
@@ -45,7 +48,7 @@ def _curves(axis: Any, result: Row, benchmark: str, part: str, name: str) -> Non
     for method, colour in COLOURS.items():
         points = []
         for row in result["rows"]:
-            if (row["benchmark"], row["method"], row["group"]) == (benchmark, method, "main"):
+            if row["benchmark"] == benchmark and _kind(row) == method:
                 found = spread([one[part].get(name) for one in row["seeds"].values()])
                 if found["mean"] is not None:
                     points.append((row["trainable"], found["mean"] * factor, (found["sd"] or 0.0) * factor))
@@ -54,10 +57,19 @@ def _curves(axis: Any, result: Row, benchmark: str, part: str, name: str) -> Non
                 axis.axhline(mean, color=colour, lw=0.8, ls=":", label=method)
         elif points:
             x, y, error = zip(*sorted(points), strict=True)
-            axis.errorbar(x, y, error, color=colour, marker="o", ms=3, lw=1, capsize=2, label=method)
+            axis.errorbar(
+                x, y, error, color=colour, marker="o", ms=3, lw=1, capsize=2, label=WORDS.get(method, method)
+            )
     axis.set_xscale("log")
     axis.tick_params(labelsize=6)
     axis.set_ylabel({"acc": "Acc", "abs_rel": "AbsRel, %"}[name], fontsize=7)
+
+
+def _kind(row: Row) -> str | None:
+    """Which curve a row belongs to; None for an ablation."""
+    if row["group"] == "oracle":
+        return str(row["label"]).partition("-")[0]
+    return str(row["method"]) if row["group"] == "main" else None
 
 
 def basis(result: Row) -> Any:
