@@ -192,7 +192,7 @@ def _clouds(shown: Mapping[str, Any]) -> str:
         for number, cloud in enumerate(shown["clouds"])
     )
     return (
-        f'<section id="points"><h2>Points, prediction beside truth</h2><p>Person {escape(shown["sequence"])}, whom no '
+        f'<section id="points"><h2>Points, prediction beside truth</h2><p>Room {escape(shown["sequence"])}, which no '
         "training saw, from all views, in the colours of the pictures; predictions are aligned to the truth as they "
         "are for the table. Drag to turn, or use the arrow keys.</p>"
         '<p><button id="nearer" type="button">nearer</button> '
