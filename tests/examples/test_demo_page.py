@@ -91,6 +91,19 @@ def test_what_is_said_of_people(demo: SimpleNamespace, people: Any, lora: str, c
     assert "40.0 K trainable parameters against the LoRA's 200.0 K" in said[2]
 
 
+def test_a_mean_that_most_rooms_disagree_with_is_named(demo: SimpleNamespace) -> None:
+    result = made_result((10, 9, 8))
+    for method, errors in (("lora", (7, 7, 13)), ("cores", (8, 8, 8))):
+        people = result["methods"][method]["people"]
+        people["errors"] = {f"{number:04d}": error * 1e-3 for number, error in enumerate(errors)}
+        people["error"] = sum(errors) / 3 * 1e-3
+    assert (
+        "less than the LoRA on people (better in 1 of 3 rooms; a few rooms decide)."
+        in demo.results.sentences(result)[2]
+    )
+    assert "a few rooms" not in demo.results.sentences(made_result((10, 9, 8)))[2]
+
+
 @pytest.mark.parametrize(
     ("scenes", "lora", "cores"),
     [
