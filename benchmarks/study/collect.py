@@ -34,9 +34,9 @@ RULES = {
     "δ1.25: one scale per sequence, in percent. All on fixed views that no training has seen.",
     "parameters": "At equal parameters or fewer: cores of total size D have D² parameters a matrix, a LoRA of rank r "
     "(n + m) r.",
-    "oracle": "The oracle's A and B are the first singular vectors of the update that full fine-tuning made with the "
-    "same training data (seed 0): the best basis there is for it, known only afterwards. Foreign: the oracle of the "
-    "next benchmark.",
+    "oracle": "The oracle's A and B are the first singular vectors of the update that full fine-tuning made on the "
+    "part of the training set that seed 0 has: what holds most of it, known only afterwards. It has seen no test set. "
+    "Foreign: the oracle of the next benchmark.",
     "blind": "With the pictures of another sequence: what the answer is worth that looks at none. Test set, seed 0.",
     "forgetting": "Generic scenes are of the kind that the base was trained on, with seeds of their own.",
 }

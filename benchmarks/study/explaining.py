@@ -48,14 +48,12 @@ def make_oracle(study: Study, out: Path, benchmark: str, state: str) -> dict[str
     """Store the oracle of a benchmark, of the largest of `oracle_dims`; D -> `inside`."""
     from peft_attrsub.basis import Basis
 
-    updates, factors = changed(study, out / state / STATE), {}
+    updates, factors, largest = changed(study, out / state / STATE), {}, max(study.oracle_dims)
     for module, update in updates.items():
         u, s, vh = torch.linalg.svd(update, full_matrices=False)
-        factors[module] = tuple(part.contiguous() for part in (u, s, vh.T))
-    largest = max(study.oracle_dims)
-    kept = {m: (u[:, :largest], s[:largest], v[:, :largest]) for m, (u, s, v) in factors.items()}
+        factors[module] = (u[:, :largest], s[:largest], vh[:largest].T)
     place = out / "bases" / oracle_basis(benchmark) / "basis"
-    Basis.from_factors({"oracle": kept}).save_pretrained(place, overwrite=True)
+    Basis.from_factors({"oracle": factors}).save_pretrained(place, overwrite=True)
     shares = {
         str(d): fmean(inside(updates[m], u[:, :d], v[:, :d]) for m, (u, _, v) in factors.items())
         for d in study.oracle_dims
