@@ -15,6 +15,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -180,3 +181,11 @@ def run_child(job: dict, python: str | None = None) -> dict:
         if done.returncode or not result.exists():
             raise RuntimeError(f"contender {job['contender']} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
         return json.loads(result.read_text())
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """A matplotlib figure as PNG, whole or not at all."""
+    beside = path.with_name(f"{path.name}.partial")
+    # No version of matplotlib in the file: the same picture is the same bytes.
+    figure.savefig(beside, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+    beside.replace(path)

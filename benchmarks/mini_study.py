@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,8 +149,7 @@ def show(args: argparse.Namespace) -> int:
     folder = (args.out or (path.parent.parent if published else path.parent)) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for stem, figure in made.figures(result).items():
-        figure.savefig(folder / f".{stem}.partial.png", dpi=150, metadata={"Software": None})
-        os.replace(folder / f".{stem}.partial.png", folder / f"{stem}.png")
+        _common.write_figure(folder / f"{stem}.png", figure)
     print(f"figures are in {folder}", file=sys.stderr)
     return 0
 

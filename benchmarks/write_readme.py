@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pages
+from _common import write_figure
 
 HERE = Path(__file__).resolve().parent
 # The order of the sections; a page that is not named here comes after them.
@@ -194,10 +195,7 @@ def draw(results: Path, folder: Path, wanted: Sequence[str]) -> None:
         raise SystemExit(f"The pages draw figures that they do not show: {', '.join(sorted(unseen))}.")
     folder.mkdir(parents=True, exist_ok=True)
     for stem, figure in drawn.items():
-        beside = folder / f"{stem}.png.partial"
-        # No version of matplotlib in the file: the same picture is the same bytes.
-        figure.savefig(beside, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-        beside.replace(folder / f"{stem}.png")
+        write_figure(folder / f"{stem}.png", figure)
     for old in folder.glob("*.png"):
         if old.stem not in drawn:
             old.unlink()

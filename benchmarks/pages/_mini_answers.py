@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from study.statistics import spread
+from study.statistics import row_spread
 
 from pages._words import bullets, join, number, percent, plural
 
@@ -36,7 +36,7 @@ def answers(result: Row) -> str:
         _exist(found),
         _agree(result),
         _apart(found),
-        *(_versus(result, "same_size", other) for other in ("psv", "random")),
+        *(_versus(result, other) for other in ("psv", "random")),
         _why(result),
         _fewer(result),
         _losses(result),
@@ -133,8 +133,8 @@ def _counts(comparisons: Sequence[Row]) -> str:
     return f"({plural(len(comparisons), 'comparison')}) " + " | ".join(parts) + "."
 
 
-def _versus(result: Row, key: str, other: str) -> str:
-    chosen = [one for one in result["answers"][key] if one["other"].startswith(f"{other}-")]
+def _versus(result: Row, other: str) -> str:
+    chosen = [one for one in result["answers"]["same_size"] if one["other"].startswith(f"{other}-")]
     if not chosen:
         return ""
     title = {"psv": "PSV", "random": "a random basis"}[other]
@@ -227,4 +227,4 @@ def label_of(label: str) -> str:
 
 
 def mean_of(row: Row, part: str, name: str) -> float | None:
-    return spread([one[part].get(name) for one in row["seeds"].values()])["mean"]
+    return row_spread(row, part, name)["mean"]

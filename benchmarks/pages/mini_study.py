@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from study.statistics import spread
+from study.statistics import row_spread, spread
 
 from pages._mini_answers import METHODS, NAMES, SETS, Row, answers, label_of
 from pages._words import bullets, join, number, page, percent, plural, prose, table
@@ -71,7 +71,7 @@ def _opening(result: Row) -> str:
 def _cell(row: Row, part: str, name: str, scale: float) -> str:
     """Mean ± standard deviation over seeds, in the printed unit."""
     factor = 1 / scale if name in ("acc", "comp") else 100
-    found = spread([one[part].get(name) for one in row["seeds"].values()])
+    found = row_spread(row, part, name)
     if found["mean"] is None:
         return "-"
     mean = number(found["mean"] * factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .statistics import spread
+from .statistics import row_spread
 
 Row = Mapping[str, Any]
 # Okabe and Ito's colours, told apart by colour-blind readers.
@@ -49,7 +49,7 @@ def _curves(axis: Any, result: Row, benchmark: str, part: str, name: str) -> Non
         points = []
         for row in result["rows"]:
             if row["benchmark"] == benchmark and _kind(row) == method:
-                found = spread([one[part].get(name) for one in row["seeds"].values()])
+                found = row_spread(row, part, name)
                 if found["mean"] is not None:
                     points.append((row["trainable"], found["mean"] * factor, (found["sd"] or 0.0) * factor))
         if method == "none":

@@ -16,6 +16,11 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": fmean(good), "sd": stdev(good) if len(good) > 1 else None, "n": len(good)}
 
 
+def row_spread(row: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:
+    """`spread` over the seeds of a row of the result, of one column of one set."""
+    return spread([one[part].get(name) for one in row["seeds"].values()])
+
+
 def paired(one: Mapping[Any, float | None], other: Mapping[Any, float | None], less_is_better: bool) -> dict[str, Any]:
     """one - other over the seeds that both have: mean difference, its standard error, and a verdict on `one`.
 
