@@ -8,8 +8,11 @@ PYTHON ?= python3
 TORCH ?= torch
 WORKERS ?= 2
 BIN := .venv/bin
+# Releases known to work together; `make constraints` renews them.
+CONSTRAINTS := requirements/constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-digits test test-slow test-cycles lint bench clean help
+.PHONY: demo demo-digits test test-slow test-cycles test-newest test-oldest lint bench constraints clean help
 
 demo: .venv/.stamp-demo .venv/.stamp-system  ## the paper's story on a small VGGT, on a CPU: a page in runs/demo
 	$(BIN)/python examples/vggt/demo.py
@@ -25,6 +28,27 @@ test-slow: .venv/.stamp-dev .venv/.stamp-system .venv/.stamp-slurm .venv/.stamp-
 
 test-cycles: .venv-cycles/.stamp  ## the tests of both renderers of scenes, with Blender's bpy in a venv of its own
 	.venv-cycles/bin/python -m pytest tests/scenes/test_cycles.py tests/scenes/test_raycast.py
+
+test-newest: .venv/.stamp-system  ## the tests on the newest release of everything, in a venv of its own
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python $(INSTALL) packaging \
+	  "$$(.venv-newest/bin/python requirements/choose_torch.py "$(TORCH)")"
+	.venv-newest/bin/python $(INSTALL) --upgrade $$(.venv-newest/bin/python requirements/bounds.py newest dev)
+	.venv-newest/bin/python $(INSTALL) --no-deps --editable .
+	.venv-newest/bin/python requirements/versions.py
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -m "not slow" -n $(WORKERS)
+
+test-oldest: .venv/.stamp-system  ## the tests of tuner, basis and command on the lower bounds, in a venv of its own
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python $(INSTALL) packaging
+	.venv-oldest/bin/python requirements/bounds.py oldest > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python $(INSTALL) --constraint .venv-oldest/constraints.txt --editable . \
+	  hypothesis plotly pytest pytest-timeout pytest-xdist scipy
+	.venv-oldest/bin/python requirements/versions.py
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/tuner tests/basis tests/cli -m "not slow" -n $(WORKERS)
+
+constraints:  ## renew requirements/constraints*.txt: the newest releases that work together
+	$(PYTHON) requirements/update_constraints.py
 
 lint: .venv/.stamp-dev  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -45,7 +69,7 @@ bench: .venv/.stamp-dev  ## speed and memory of everything, in under 20 minutes;
 	$(BIN)/python benchmarks/write_readme.py
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf .venv .venv-cycles build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cycles .venv-newest .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
@@ -58,10 +82,13 @@ help:  ## this list
 	@echo "TORCH=torch==2.13.0. Both are read when .venv is made: run 'make clean' after changing them."
 
 # One stamp per extra: .venv/.stamp-dev means that the package and its [dev] extra are installed.
-# torch goes first, so that the choice of build is the caller's and not the resolver's.
-.venv/.stamp-%: pyproject.toml .venv/.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+.venv/.stamp-%: pyproject.toml $(CONSTRAINTS) .venv/.stamp-torch
+	$(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) --editable ".[$*]"
+	@touch $@
+
+# Torch goes first, so that its build is the caller's choice and not the resolver's.
+.venv/.stamp-torch: .venv/.stamp
+	torch="$$($(BIN)/python requirements/choose_torch.py "$(TORCH)")"; $(BIN)/python $(INSTALL) "$$torch"
 	@touch $@
 
 # The report is tested in the system's Chromium, the ray caster needs GL's libraries; without them those tests are
@@ -91,20 +118,21 @@ SYSTEM := chromium libegl1 libgl1 libusb-1.0-0
 
 # Somebody else's 3D model, for one slow test, without the packages that only its web demo needs.
 .venv/.stamp-third-party: .venv/.stamp-dev
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps depth-anything-3 && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check addict einops omegaconf || \
+	@$(BIN)/python $(INSTALL) --no-deps depth-anything-3 && \
+	  $(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) addict einops omegaconf || \
 	  echo "make: depth-anything-3 cannot be installed here: its test is skipped" >&2
 	@touch $@
 
 # bpy wants an older numpy than the rest.
-.venv-cycles/.stamp: pyproject.toml .venv/.stamp-system
+.venv-cycles/.stamp: pyproject.toml requirements/constraints-cycles.txt .venv/.stamp-system
 	$(PYTHON) -m venv .venv-cycles
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BLENDER); \
 	fi
-	.venv-cycles/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "numpy<2"
-	.venv-cycles/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[scenes]" hypothesis pytest \
-	  pytest-timeout
+	.venv-cycles/bin/python $(INSTALL) --constraint requirements/constraints-cycles.txt numpy \
+	  "$$(.venv-cycles/bin/python requirements/choose_torch.py "$(TORCH)")"
+	.venv-cycles/bin/python $(INSTALL) --constraint requirements/constraints-cycles.txt --editable ".[scenes]" \
+	  hypothesis pytest pytest-timeout
 	@touch $@
 
 # Debian ships venv apart from Python: without it, root gets it installed and everybody else a sentence.

@@ -22,22 +22,41 @@ RESULTS = HERE / "results"
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "numpy")
 
 
-def machine() -> dict:
-    """CPU model, usable cores and RAM; nothing that names the host or a folder."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+#: Instructions that decide how fast matrix products are, by the names of /proc/cpuinfo (x86 "flags", Arm "Features").
+FLAGS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve", "svebf16")
+#: Environment variables that keep a library from using what the CPU has.
+CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
+    """CPU model, its vector instructions, caps on them, usable cores and RAM; nothing that names the host or a folder.
+
+    cpu_flags: those of FLAGS that the CPU has; None where the system does not tell. cpu_caps: set variables of CAPS.
+    """
+    model, flags = platform.processor() or platform.machine(), None
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = [flag for flag in FLAGS if flag in value.split()]
+            elif not line.strip() and flags is not None:
+                break  # the first core stands for all
     try:
         ram = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         ram = None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "ram_gib": ram, "system": platform.system()}
+    caps = {name: os.environ[name] for name in CAPS if name in os.environ}
+    return {
+        "cpu": model,
+        "cpu_flags": flags,
+        "cpu_caps": caps,
+        "cores": cores,
+        "ram_gib": ram,
+        "system": platform.system(),
+    }
 
 
 def load() -> float | None:

@@ -76,7 +76,7 @@ python benchmarks/vggt.py --device cuda                        # vggt-1b at 518 
 ## How it is measured
 
 - Contenders take turns round by round, so that a busy machine slows all of them; read ratios before seconds. The JSON
-  records the machine, the load when the run began, versions, seed and date.
+  records the machine with its vector instructions, the load when the run began, versions, seed and date.
 - A contender whose memory is measured is a process of its own. The clock starts after the imports; memory is counted
   above its value then.
 - The rules of each number (what is extrapolated, how a peer's dimension is matched, what counts as kept) are in the
@@ -127,6 +127,9 @@ def circumstances(result: dict[str, Any]) -> str:
     """Machine, versions, date and load of a run, as far as it recorded them."""
     machine, versions = result["machine"], result["versions"]
     parts = [", ".join([f"{machine['cores']} cores", *(machine[key] for key in ("cpu", "gpu") if key in machine)])]
+    if machine.get("cpu_flags"):
+        caps = "".join(f", {name}={value}" for name, value in machine.get("cpu_caps", {}).items())
+        parts[0] += f" ({' '.join(machine['cpu_flags'])}{caps})"
     parts += [", ".join(f"{name} {versions[name]}" for name in ("torch", "peft") if name in versions)]
     load = machine.get("load_at_start")
     parts += (

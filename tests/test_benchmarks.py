@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 HEADER = {"benchmark", "date", "seed", "quick", "machine", "versions", "settings", "rules"}
-MACHINE = {"cpu", "cores", "ram_gib", "system", "torch_threads", "load_at_start"}
+MACHINE = {"cpu", "cpu_flags", "cpu_caps", "cores", "ram_gib", "system", "torch_threads", "load_at_start"}
 STATISTICS = {"median", "min", "max", "rounds"}
 FIELDS = {
     "build_basis": {

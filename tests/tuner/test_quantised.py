@@ -9,8 +9,15 @@ from torch import nn
 
 from peft_attrsub import AttrSubspaceConfig
 from peft_attrsub.tuner import AttrSubspaceLayer
+from tests import pairs
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed (extra [dev])")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pair():
+    if broken := pairs.torchao_int8():
+        pytest.skip(broken)
 
 
 def quantised():
