@@ -40,7 +40,7 @@ ORDER = (
     "digits",
 )
 # Minutes or hours of training each: `make bench` leaves them out.
-APART = ("mini_study", "digits")
+APART = ("commands", "mini_study", "digits")
 # Results of the same script elsewhere, which are named even while nobody has measured them.
 ELSEWHERE = {"vggt-cuda": "python benchmarks/vggt.py --device cuda"}
 WIDTH = 119
@@ -54,13 +54,13 @@ in pages/. `python benchmarks/write_readme.py --check` says whether this file is
 """
 
 RUNNING = """\
-`make bench` runs all but the two that train (the last of the table) in less than 20 minutes on two cores, replaces
+`make bench` runs all but those that train or time whole commands in less than 20 minutes on two cores, replaces
 each JSON by what it finds and makes this page anew. Each script also runs alone, and prints its tables. `--quick` runs
 toy sizes and publishes nothing; `--output FILE` writes elsewhere; `--full`, where a script has it, measures more than
 fits into those minutes.
 
 ```bash
-make bench                                   # without the peers, and without the two that train
+make bench                                   # without the peers, commands.py and the two that train
 python benchmarks/write_readme.py            # this page and its figures, from results/*.json
 
 python -m venv peers && peers/bin/pip install -r benchmarks/requirements-peers.txt

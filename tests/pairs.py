@@ -75,7 +75,21 @@ def torchao_int8() -> str:
     return _sentence(_versions("torchao", "torch", "peft"), check)
 
 
-#: The package that steps back where a pair is broken -> its check.
+@functools.cache
+def compiled_peft() -> str:
+    """torch.compile with one graph through PEFT's own wrapper and LoRA."""
+
+    def check() -> None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        torch.compile(model, fullgraph=True, backend="aot_eager")(torch.ones(1, 4))
+        torch.compiler.reset()
+
+    return _sentence(_versions("torch", "peft"), check)
+
+
+#: The package that steps back where a pair is broken -> its check. Torch is the caller's and steps nowhere.
 PAIRS: dict[str, Callable[[], str]] = {"transformers": transformers_adapters, "torchao": torchao_int8}
 
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from peft_attrsub.tuner.layer import AttrSubspaceLayer
 
-from .models import BASES, CASES, PEFT_021, Case
+from .models import BASES, CASES, Case
 
-since_peft_021 = pytest.mark.skipif(not PEFT_021, reason="PEFT itself did otherwise before 0.21")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_basis = pytest.mark.parametrize("basis", BASES)
 

@@ -9,18 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
 import torch
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_attrsub import AttrSubspaceConfig, Basis
-
-# Some things that are PEFT's own doing came with 0.21, e.g. that it no longer takes every name that holds the
-# prefix for a part of the adapter.
-PEFT_021 = Version(peft.__version__) >= Version("0.21")
 
 
 class Mlp(nn.Module):
@@ -227,8 +221,7 @@ CASES = [
     Case("conv3d-1x1", _conv(lambda: nn.Conv3d(3, 7, 1), 3, 5, 5, 5), VOLUME, {"target_modules": ["conv"]}),
 ]
 PREFIXED = Case("prefix-in-names", PrefixNamed, X, {"target_modules": ["up", "attrsub_head"]})
-if PEFT_021:
-    CASES.append(PREFIXED)
+CASES.append(PREFIXED)
 BY_NAME = {case.name: case for case in CASES}
 GROUPED = [
     Case(

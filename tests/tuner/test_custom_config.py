@@ -14,7 +14,7 @@ from peft.utils import PeftType
 
 from peft_attrsub import AttrSubspaceConfig
 
-from .checks import cores, every_basis, every_case, layers, no_warning, run, same, since_peft_021
+from .checks import cores, every_basis, every_case, layers, no_warning, run, same
 from .models import BASES, BY_NAME, MLP, PREFIXED, pair
 
 
@@ -169,7 +169,6 @@ def test_other_names_do_not_warn():
         run(model, MLP)
 
 
-@since_peft_021
 def test_a_base_model_with_the_prefix_in_its_names(tmp_path):
     case = PREFIXED
     model = case.peft("random", target_modules=["up"], init_weights=False)

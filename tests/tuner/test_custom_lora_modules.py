@@ -19,7 +19,7 @@ from .checks import (
     same,
     trainable,
 )
-from .models import BY_NAME, MLP, PEFT_021, PrefixNamed, X
+from .models import BY_NAME, MLP, PrefixNamed, X
 from .models import Case as C
 
 HEADS = [
@@ -49,9 +49,8 @@ HEADS = [
         BY_NAME["conv3d"].sample,
         {"target_modules": ["head"], "lora_modules": ["conv"]},
     ),
+    C("prefixed", PrefixNamed, X, {"target_modules": ["up"], "lora_modules": ["attrsub_head"]}),
 ]
-if PEFT_021:
-    HEADS.append(C("prefixed", PrefixNamed, X, {"target_modules": ["up"], "lora_modules": ["attrsub_head"]}))
 every_head = pytest.mark.parametrize("case", HEADS, ids=str)
 
 

@@ -25,7 +25,6 @@ from .checks import (
     no_warning,
     run,
     same,
-    since_peft_021,
 )
 from .models import BASES, GROUPED, MLP, Case, ConvNet, floats
 
@@ -270,7 +269,6 @@ def test_a_convolution_keeps_its_geometry(kind, axes, padding_mode, basis):
     assert same(run(model, case), adapted)
 
 
-@since_peft_021
 @pytest.mark.parametrize("basis", BASES)
 def test_deleting_a_merged_adapter_is_refused(basis):
     model = MLP.peft(basis, "first", init_weights=False)

@@ -18,7 +18,6 @@ from .checks import (
     learn,
     run,
     same,
-    since_peft_021,
 )
 from .models import AFFINE, MLP, STACK, pair
 
@@ -167,7 +166,6 @@ def test_a_psv_basis_is_that_of_the_base_weight_even_while_another_adapter_is_me
         assert same(delta, deltas(expected)[name], 1e-4)
 
 
-@since_peft_021
 def test_a_taken_name_is_refused():
     model = MLP.peft("random", init_weights=False)
     config, before = model.peft_config["default"], copy.deepcopy(model.state_dict())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from .checks import activate, every_basis, every_case, layers, of_adapter, since_peft_021, trainable
+from .checks import activate, every_basis, every_case, layers, of_adapter, trainable
 from .models import BASES, MLP, STACK, Case, TokenModel, ids, mined, pair
 
 UP = {"target_modules": ["up"]}
@@ -29,7 +29,6 @@ def test_a_fresh_adapter_trains_and_nothing_else_does(case, basis):
     assert trainable(model) == of_adapter(model, "default")
 
 
-@since_peft_021
 @every_basis
 @every_case
 def test_adding_a_frozen_adapter_freezes_no_other(case, basis):
@@ -97,7 +96,6 @@ def test_set_requires_grad(basis):
     assert trainable(model) == one
 
 
-@since_peft_021
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 @pytest.mark.parametrize("arguments", [UP, SAVING], ids=["cores", "saved-modules"])
@@ -122,7 +120,6 @@ def test_loading(basis, arguments, is_trainable, low_cpu_mem_usage, tmp_path):
     expect(*kept)
 
 
-@since_peft_021
 @pytest.mark.parametrize("basis", BASES)
 def test_loading_keeps_what_the_user_set(basis, tmp_path):
     MLP.peft(basis).save_pretrained(tmp_path)

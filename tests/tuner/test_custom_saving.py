@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from peft_attrsub import AttrSubspaceConfig
 
-from .checks import cores, deltas, every_basis, every_case, layers, learn, no_warning, run, same, since_peft_021
+from .checks import cores, deltas, every_basis, every_case, layers, learn, no_warning, run, same
 from .models import BASES, MLP, Case, TokenModel, ids, mined
 
 
@@ -284,7 +284,6 @@ def test_ignoring_mismatched_sizes_ignores_nothing_that_matches(case, basis, tmp
     assert same(run(loaded, case), run(model, case), 1e-6)
 
 
-@since_peft_021
 @every_basis
 def test_saved_modules_may_hold_scalars(basis, tmp_path):
     def base():
