@@ -66,8 +66,8 @@ class Prediction:
 
 def run_model(model: VggtModel, sample: Sample, how: How) -> Prediction:
     """The release's way: images of width image_size and a height in whole patches, depth resized to the truth's
-    size (bilinear for points, bicubic for depth alone) and the pose encoding decoded at that size; but with the
-    principal point in the middle of the pixel grid, (W - 1) / 2, where the release is half a pixel off."""
+    size (bilinear for points, bicubic for depth alone) and the pose encoding decoded at that size,
+    with integers at pixel centers as the truth has them."""
     patch, (height, width) = model.config.patch_size, sample.images.shape[-2:]
     size = (max(1, round(height * how.image_size / width / patch)) * patch, how.image_size)
     dtype = {"float32": None, "bfloat16": torch.bfloat16}[how.dtype]

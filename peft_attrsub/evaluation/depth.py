@@ -136,7 +136,7 @@ def depth_metrics(
 
     solver: "irls" finds the minimum of the L1 objective; "adam" repeats the 1000 steps of published code ("release"
     and "video" alone), for parity with numbers that contain its missing convergence.
-    intrinsics (S, 3, 3) with integer pixel centres, for "moge"; pred_intrinsics where the model has its own.
+    intrinsics (S, 3, 3) with integer pixel centers, for "moge"; pred_intrinsics where the model has its own.
     fit_pixels: a fit looks at no more than so many random pixels of each frame (from seed); None is all of them,
     and 4096 for "moge", as there. Metrics are over all pixels in any case.
 

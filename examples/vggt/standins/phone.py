@@ -51,7 +51,7 @@ def write_soap_bundle(
     """Write <folder>/frame_bundle.npz, whole or not at all, and return its path.
 
     images (H, W, 3) uint8, portrait. depths (h, w) float32 metres, portrait, 0 where there is none. intrinsics (3, 3):
-    of the images, integer coordinates at pixel centres. encoding: "metric" or "inverse", how depth is stored.
+    of the images, integer coordinates at pixel centers. encoding: "metric" or "inverse", how depth is stored.
     """
     if encoding not in ("metric", "inverse"):
         raise ValueError(f'encoding={encoding!r} was given: "metric" or "inverse" is expected.')
