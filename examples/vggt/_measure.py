@@ -24,7 +24,7 @@ from peft_attrsub.evaluation import (
     sequence_relief,
 )
 from peft_attrsub.evaluation.points import Align
-from peft_attrsub.vggt import VggtModel, decode_pose, relative_to_first, unproject
+from peft_attrsub.vggt import VggtModel, decode_pose, relative_to_first, to_pixel_centers, unproject
 from peft_attrsub.vggt.prediction import predict
 
 
@@ -49,7 +49,11 @@ class How:
 
 @dataclass(frozen=True)
 class Prediction:
-    """At the size of the truth: depth (S, h, w), intrinsics (S, 3, 3) and extrinsics (S, 3, 4), float64 arrays."""
+    """At the size of the truth: depth (S, h, w), intrinsics (S, 3, 3) and extrinsics (S, 3, 4), float64 arrays.
+
+    Intrinsics have integers at pixel centers, as the truth's. The resized depth agrees with them: its pixel u of W
+    lies at (u + 1/2) W'/W - 1/2 of the W' pixels of the model, the middle of one image at that of the other.
+    """
 
     depth: np.ndarray
     intrinsics: np.ndarray
@@ -62,7 +66,8 @@ class Prediction:
 
 def run_model(model: VggtModel, sample: Sample, how: How) -> Prediction:
     """The release's way: images of width image_size and a height in whole patches, depth resized to the truth's
-    size (bilinear for points, bicubic for depth alone) and the pose encoding decoded at that size."""
+    size (bilinear for points, bicubic for depth alone) and the pose encoding decoded at that size,
+    with integers at pixel centers as the truth has them."""
     patch, (height, width) = model.config.patch_size, sample.images.shape[-2:]
     size = (max(1, round(height * how.image_size / width / patch)) * patch, how.image_size)
     dtype = {"float32": None, "bfloat16": torch.bfloat16}[how.dtype]
@@ -72,7 +77,7 @@ def run_model(model: VggtModel, sample: Sample, how: How) -> Prediction:
     assert found.depth is not None
     depth = resize_prediction(found.depth.cpu().double(), target, mode)
     extrinsics, intrinsics = decode_pose(found.pose_enc.cpu().double(), target)
-    return Prediction(depth.numpy(), intrinsics.numpy(), extrinsics.numpy())
+    return Prediction(depth.numpy(), to_pixel_centers(intrinsics).numpy(), extrinsics.numpy())
 
 
 def measure(sample: Sample, prediction: Prediction, how: How, pictures: Path | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any, overload
 import numpy as np
 
 from ..scenes.pixels import encode_rgb
+from ..vggt.cameras import to_image_corner, to_pixel_centers
 from .archives import Archive
 
 FILE = "frame_bundle.npz"
@@ -218,12 +219,9 @@ def portrait_intrinsic(matrix: np.ndarray, size: tuple[int, int], shape: Sequenc
     centres are integers in both. See the head of this file for the equation; then as in `resizing`.
     """
     long, short = max(size), min(size)
-    across, down = shape[1] / short, shape[0] / long
-    out = np.eye(3)
-    out[0, 0], out[1, 1] = matrix[1, 1] * across, matrix[0, 0] * down
-    out[0, 2] = (short - 1 - matrix[1, 2] + 0.5) * across - 0.5
-    out[1, 2] = (matrix[0, 2] + 0.5) * down - 0.5
-    return out
+    turned = np.array([[matrix[1, 1], 0, short - 1 - matrix[1, 2]], [0, matrix[0, 0], matrix[0, 2]], [0, 0, 1]])
+    scale = np.diag([shape[1] / short, shape[0] / long, 1.0])
+    return to_pixel_centers(scale @ to_image_corner(turned))
 
 
 class _Frames(Sequence[BundleFrame]):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..vggt.cameras import to_pixel_centers
 from .base import Frames, MultiViewDataset
 from .bundles import CAMERAS
 from .pictures import read_colour, read_depth, read_mask
@@ -159,7 +160,7 @@ class BurstDataset(MultiViewDataset):
             assert self.fov is not None
             rows, columns = shape
             focal = columns / 2 / math.tan(math.radians(self.fov) / 2)
-            return np.array([[focal, 0, (columns - 1) / 2], [0, focal, (rows - 1) / 2], [0, 0, 1.0]]), None
+            return to_pixel_centers(np.array([[focal, 0, columns / 2], [0, focal, rows / 2], [0, 0, 1.0]])), None
         try:
             camera = cameras[frame]
             intrinsic = np.array(camera["intrinsic"], np.float64).reshape(3, 3)

@@ -6,9 +6,9 @@
 and beside each picture `*_depth.exr` (or .npy, planar z), for faces `*_mask.npy`; beside `renderings` the cameras,
 `opencv_cameras.json`. `writing.RenderedWriter` writes the same.
 
-Cameras in that file count from the corner of the first pixel, so that cx = w / 2 is the middle of the image: readers
-get cx - 1/2, cy - 1/2 (see `sample`). Its rotations may carry the scale of the scene: each column is divided by its
-norm. The background of Blender's depth, 1e10, becomes 0.
+Cameras in that file count from the image's corner, so that cx = w / 2 is the middle of the image: the reader gives
+them with integers at pixel centers (`to_pixel_centers`, see `sample`). Its rotations may carry the scale of the
+scene: each column is divided by its norm. The background of Blender's depth, 1e10, becomes 0.
 Source: release of arXiv 2604.10095.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..vggt.cameras import to_pixel_centers
 from .base import Frames, MultiViewDataset
 from .pictures import read_colour, read_depth, read_mask
 from .resizing import resize_intrinsics
@@ -113,8 +114,7 @@ class RenderedDataset(MultiViewDataset):
             if self.masks or some_masks:
                 valid = valid & self._mask(folder / f"{frame.prefix}_mask.npy", depth.shape)
             masks.append(valid)
-            intrinsic = torch.from_numpy(frame.intrinsic.copy())
-            intrinsic[:2, 2] -= 0.5
+            intrinsic = to_pixel_centers(torch.from_numpy(frame.intrinsic))
             intrinsics.append(resize_intrinsics(intrinsic, frame.size, (depth.shape[0], depth.shape[1])))
             extrinsics.append(frame.extrinsic)
         if len({image.shape for image in images}) > 1 or len({depth.shape for depth in depths}) > 1:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..vggt.cameras import to_image_corner, to_pixel_centers
 from .sample import Sample
 
 
@@ -39,12 +40,10 @@ def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
 def resize_intrinsics(intrinsics: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Intrinsics (S, 3, 3) of maps of old (height, width), for maps of the new one."""
     down, across = new[0] / old[0], new[1] / old[1]
-    out = intrinsics.clone()
-    out[..., 0, :2] *= across
-    out[..., 1, :2] *= down
-    out[..., 0, 2] = (intrinsics[..., 0, 2] + 0.5) * across - 0.5
-    out[..., 1, 2] = (intrinsics[..., 1, 2] + 0.5) * down - 0.5
-    return out
+    out = to_image_corner(intrinsics)
+    out[..., 0, :] *= across
+    out[..., 1, :] *= down
+    return to_pixel_centers(out)
 
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:

@@ -1,8 +1,9 @@
 """One sequence of views with its truth: the contract that every reader of a dataset on disk keeps.
 
 Conventions are those of `peft_attrsub.vggt`: extrinsics [R | t] are camera from world with OpenCV axes (x right,
-y down, z forward), intrinsics are in pixels with integer coordinates at pixel centres (the middle of an image of
-W columns is cx = (W - 1) / 2), depth is planar z in the unit of t. A reader converts once, at the border.
+y down, z forward), intrinsics are in pixels with integer coordinates at pixel centers (the middle of an image of
+W columns is cx = (W - 1) / 2), depth is planar z in the unit of t. A reader converts once, at the border
+(`vggt.cameras.to_pixel_centers` for files that count from the image's corner).
 """
 
 from __future__ import annotations

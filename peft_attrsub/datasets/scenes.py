@@ -1,7 +1,7 @@
 """The datasets of synthetic scenes that `peft_attrsub.scenes` generates.
 
-Their cameras count from the corner of the first pixel, whose centre is (0.5, 0.5): the reader takes 1/2 from cx and
-cy. Depth is planar z in metres.
+Their cameras count from the image's corner, the center of the first pixel being (1/2, 1/2): the reader gives them
+with integers at pixel centers (`to_pixel_centers`). Depth is planar z in metres.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from ..scenes import storage
 from ..scenes.dataset import DATASET, Dataset, scene_name
+from ..vggt.cameras import to_pixel_centers
 from .base import MultiViewDataset
 from .sample import Sample
 
@@ -44,8 +45,6 @@ class SceneDataset(MultiViewDataset):
 
     def _read(self, name: str, frames: list[str]) -> Sample:
         scene = storage.read_scene(self.folder(name), [int(frame) for frame in frames])
-        intrinsics = torch.from_numpy(scene["intrinsic"].copy())
-        intrinsics[:, :2, 2] -= 0.5
         depths = torch.from_numpy(scene["depth"])
         return Sample(
             name=name,
@@ -53,7 +52,7 @@ class SceneDataset(MultiViewDataset):
             images=torch.from_numpy(scene["images"]).permute(0, 3, 1, 2).contiguous().float() / 255,
             depths=depths,
             point_masks=depths > 0,
-            intrinsics=intrinsics,
+            intrinsics=to_pixel_centers(torch.from_numpy(scene["intrinsic"])),
             extrinsics=torch.from_numpy(scene["extrinsic"]),
             labels=torch.from_numpy(scene["ids"].astype(np.int64)),
             unit="m",

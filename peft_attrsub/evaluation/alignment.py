@@ -25,15 +25,35 @@ from .neighbours import Floats, build_tree, choose_rows, point_array
 CHUNK = 1 << 17
 #: Points whose spread is this small a part of their distance from the origin are in one place.
 ONE_PLACE = 1e-12
+#: How far R R^T of a similarity's rotation may be from I.
+RIGID = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """x -> scale * rotation @ x + translation. scale: float > 0; rotation (3, 3), translation (3,) float64."""
+    """x -> scale * rotation @ x + translation. scale: float > 0; rotation (3, 3), translation (3,) float64.
+
+    ValueError for a scale that is not positive and for a matrix that is not a rotation (R R^T = I, det R = +1, to
+    1e-6): a reflection would pass for a perfect alignment of mirrored clouds.
+    """
 
     scale: float
     rotation: Floats
     translation: Floats
+
+    def __post_init__(self) -> None:
+        rotation = np.asarray(self.rotation, np.float64)
+        if rotation.shape != (3, 3) or np.shape(self.translation) != (3,) or not self.scale > 0:
+            raise ValueError(
+                f"a similarity was given scale {self.scale}, rotation {rotation.shape} and translation "
+                f"{np.shape(self.translation)}: expected a scale greater than 0, (3, 3) and (3,)."
+            )
+        off = float(np.abs(rotation @ rotation.T - np.eye(3)).max())
+        if not off <= RIGID or np.linalg.det(rotation) < 0:
+            raise ValueError(
+                f"a similarity was given a matrix that is not a rotation (R R^T differs from I by {off:.2g}, its "
+                f"determinant is {float(np.linalg.det(rotation)):.4g}): expected R R^T = I and det R = +1."
+            )
 
     @classmethod
     def identity(cls) -> Similarity:

@@ -17,6 +17,10 @@ Outliers in what is fitted to (the prediction in "release", the truth in "video"
 large. The other side enters as the abscissa, where L1 forgives wrong values within the range of the right ones; an
 outlier far beyond it is a lever. So "video" flattens what is nearly flat: where errors of the prediction are larger
 than the range of the truth, as on a print, s is drawn to 0 and AbsRel looks better than "release" makes it.
+
+The sign of s is free in "release", "video" and "moge", as it is in the published code: nothing there bounds it. A fit
+with s < 0 exchanges near and far: depth is inverted, and AbsRel may be small all the same. `DepthMetrics.inverted` is
+the share of the frames with such a fit, and tables report it. "median" has s > 0.
 Source: paper section 4 (AbsRel, delta 1.25); the alignments are of the works named above.
 """
 
@@ -58,7 +62,8 @@ class DepthMetrics:
     """AbsRel and delta over all valid pixels of a sequence, and how they came about.
 
     frames: how many counted; frames_skipped: how many had fewer than 3 valid pixels. parameters: of each fit in
-    order, (s, t), (s, tx, ty, tz) for "moge", (s,) for "median", nothing for "none".
+    order, (s, t), (s, tx, ty, tz) for "moge", (s,) for "median", nothing for "none". inverted: share of the frames
+    that counted whose fit has s < 0, which means inverted depth.
     """
 
     abs_rel: float
@@ -71,6 +76,11 @@ class DepthMetrics:
     scope: str
     solver: str
     parameters: tuple[tuple[float, ...], ...]
+
+    @property
+    def inverted(self) -> float:
+        negative = [fit[0] < 0 for fit in self.parameters if fit]
+        return sum(negative) / len(negative) if negative else 0.0
 
     def compared(self, pred: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """d and z (S, H, W) float64 as they were compared, for pictures: nan in frames that were left out.
@@ -94,6 +104,7 @@ class DepthMetrics:
             "depth_pixels": self.pixels,
             "depth_frames": self.frames,
             "depth_frames_skipped": self.frames_skipped,
+            "depth_inverted": self.inverted,
         }
 
 
@@ -125,7 +136,7 @@ def depth_metrics(
 
     solver: "irls" finds the minimum of the L1 objective; "adam" repeats the 1000 steps of published code ("release"
     and "video" alone), for parity with numbers that contain its missing convergence.
-    intrinsics (S, 3, 3) with integer pixel centres, for "moge"; pred_intrinsics where the model has its own.
+    intrinsics (S, 3, 3) with integer pixel centers, for "moge"; pred_intrinsics where the model has its own.
     fit_pixels: a fit looks at no more than so many random pixels of each frame (from seed); None is all of them,
     and 4096 for "moge", as there. Metrics are over all pixels in any case.
 

@@ -107,10 +107,12 @@ def _best(column: Column, summaries: Sequence[Mapping[str, Any]]) -> str | None:
 def _notes(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """What each run rests on; said once where it is the same for all."""
     texts = [_basis_of(summary) for summary in summaries]
+    inverted = [f"- {_label(summary)}: {text}" for summary in summaries if (text := _inverted(summary))]
     if len(set(texts)) == 1:
-        return [f"All runs: {texts[0]}"]
+        return [f"All runs: {texts[0]}", *([""] if inverted else []), *inverted]
     notes = [f"- {_label(summary)}: {text}" for summary, text in zip(summaries, texts, strict=True)]
-    return [*notes, "", "**These runs do not rest on the same settings and sequences: compare them with care.**"]
+    caution = "**These runs do not rest on the same settings and sequences: compare them with care.**"
+    return [*notes, *inverted, "", caution]
 
 
 def _basis_of(summary: Mapping[str, Any]) -> str:
@@ -125,6 +127,17 @@ def _basis_of(summary: Mapping[str, Any]) -> str:
     weights = summary.get("weights") or {}
     mean = ", ".join(["mean over sequences", *(f"of {key} weighted by {by}" for key, by in weights.items())])
     return _safe("; ".join([*stated, mean, sequences]) + ".")
+
+
+def _inverted(summary: Mapping[str, Any]) -> str:
+    """A warning where fits of depth have a negative scale, else nothing."""
+    share = summary["metrics"].get("depth_inverted", 0.0)
+    if not share:
+        return ""
+    return (
+        f"**the fitted scale of depth is negative in {100 * share:.1f} % of the frames**: depth is inverted there, "
+        "near and far exchanged, and AbsRel and δ1.25 are those of the inverted depth."
+    )
 
 
 def _label(summary: Mapping[str, Any]) -> str:

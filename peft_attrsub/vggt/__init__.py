@@ -1,6 +1,7 @@
 """VGGT as a transformers model: configuration, model, image processor, cameras, losses, targets of adapters."""
 
 from .cameras import (
+    check_extrinsics,
     decode_pose,
     encode_pose,
     invert_extrinsics,
@@ -8,6 +9,8 @@ from .cameras import (
     project,
     quaternion_to_matrix,
     relative_to_first,
+    to_image_corner,
+    to_pixel_centers,
     unproject,
 )
 from .configuration_vggt import VggtConfig
@@ -25,6 +28,7 @@ __all__ = [
     "VggtModel",
     "VggtOutput",
     "VggtPrediction",
+    "check_extrinsics",
     "decode_pose",
     "encode_pose",
     "invert_extrinsics",
@@ -32,6 +36,8 @@ __all__ = [
     "project",
     "quaternion_to_matrix",
     "relative_to_first",
+    "to_image_corner",
+    "to_pixel_centers",
     "unproject",
     "vggt_targets",
 ]

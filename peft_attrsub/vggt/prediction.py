@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .cameras import decode_pose, unproject
+from .cameras import at_least_float32, decode_pose, to_image_corner, to_pixel_centers, unproject
 from .image_processing_vggt import VggtImageProcessor
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class VggtPrediction:
     The world is the frame of the first camera, OpenCV axes (x right, y down, z forward), in the scene's own unit.
 
     extrinsics (S, 3, 4): [R | t], camera from world: x_cam = R X + t.
-    intrinsics (S, 3, 3): in pixels of `images`; the principal point is their centre.
+    intrinsics (S, 3, 3): in pixels of `images`, integer coordinates at pixel centers as `unproject` and
+        `datasets.Sample` have them: the principal point is the middle of the image, ((W - 1) / 2, (H - 1) / 2).
+        `to_image_corner` gives the W / 2, H / 2 that VGGT's published code and COLMAP count with.
     pose_enc (S, 9): what the cameras were decoded from (see `decode_pose`).
     depth, depth_conf (S, H, W): planar z, and its confidence, 1 or more; None without a depth head.
     points (S, H, W, 3): world coordinates: the depth unprojected by the cameras, or the point head's.
@@ -173,7 +175,8 @@ def predict(
         processor: by default one of the model's own image and patch size.
         dtype: torch.bfloat16 or torch.float16 to run the blocks in it (autocast). The heads stay in float32.
 
-    Returns: a VggtPrediction of tensors on the model's device, float32, without gradients.
+    Returns: a VggtPrediction of tensors on the model's device without gradients, float32 (float64 where the model's
+    outputs are).
     Raises: ValueError for more than one scene, for pixels outside [0, 1], and for a head that the model lacks.
     """
     _check_heads(model, points)
@@ -183,21 +186,25 @@ def predict(
         pixels = pixels.to(model.device, torch.float32)
         output = model(pixel_values=pixels)
         size = tuple(pixels.shape[-2:])
-        extrinsics, intrinsics = decode_pose(output.pose_enc[0].float(), size)
+        pose_enc = at_least_float32(output.pose_enc[0])
+        extrinsics, corner_intrinsics = decode_pose(pose_enc, size)
+        intrinsics = to_pixel_centers(corner_intrinsics)
         found = {
             "extrinsics": extrinsics,
             "intrinsics": intrinsics,
-            "pose_enc": output.pose_enc[0].float(),
+            "pose_enc": pose_enc,
             "images": pixels[0],
             "mask": _inside(boxes, pixels),
         }
         if output.depth is not None:
-            found |= {"depth": output.depth[0, ..., 0].float(), "depth_conf": output.depth_conf[0].float()}
+            found |= {"depth": at_least_float32(output.depth[0, ..., 0])}
+            found |= {"depth_conf": at_least_float32(output.depth_conf[0])}
         if points == "depth":
             found["points"] = unproject(found["depth"], intrinsics, extrinsics)
             found["points_conf"] = found["depth_conf"]
         else:
-            found |= {"points": output.world_points[0].float(), "points_conf": output.world_points_conf[0].float()}
+            found |= {"points": at_least_float32(output.world_points[0])}
+            found |= {"points_conf": at_least_float32(output.world_points_conf[0])}
         if boxes is not None:
             found["boxes"] = boxes.to(model.device)
     # Copied outside inference mode: ordinary tensors, which a caller may optimise over, and of this scene alone.
@@ -287,10 +294,14 @@ def _extent(points: NDArray[np.float64]) -> float:
 def _pyramid(
     extrinsic: NDArray[np.float64], intrinsic: NDArray[np.float64], size: tuple[int, int], depth: float
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Vertices (5, 3) in the world, the camera's centre first, and faces that are seen from both sides."""
+    """Vertices (5, 3) in the world, the camera's center first, and faces that are seen from both sides.
+
+    intrinsic: with integers at pixel centers; the base of the pyramid is the outline of the image, not of the
+    centers of its outermost pixels.
+    """
     height, width = size
     corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], np.float64)
-    camera = np.concatenate([np.zeros((1, 3)), depth * corners @ np.linalg.inv(intrinsic).T])
+    camera = np.concatenate([np.zeros((1, 3)), depth * corners @ np.linalg.inv(to_image_corner(intrinsic)).T])
     world = (camera - extrinsic[:, 3]) @ extrinsic[:, :3]  # R^T (x - t), as rows
     outer = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 1]])
     return world, np.concatenate([outer, outer[:, ::-1]])

@@ -123,6 +123,25 @@ def test_the_truth_itself_has_no_error(align: str) -> None:
     truth, mask = scene()
     result = measure(truth.copy(), truth, mask, align)
     assert result.abs_rel < 1e-9 and result.delta == 1 and result.pixels == mask.sum() and result.frames == VIEWS
+    assert result.inverted == 0
+
+
+@given(seed=st.integers(0, 10**6), scope=st.sampled_from(["frame", "sequence"]), align=st.sampled_from(AFFINE))
+@settings(max_examples=30)
+def test_inverted_depth_may_have_no_error_and_is_counted(seed: int, scope: str, align: str) -> None:
+    """5 - z is as near as z by every fit with a free sign: the sign is all that tells."""
+    truth, mask = scene(seed)
+    turned = np.random.default_rng(seed).random(VIEWS) < 0.5
+    if scope == "sequence":
+        turned[:] = turned[0]
+    # Rays that are nearly parallel: x and y, which "moge" fits as well, are about 0, and z alone decides.
+    k = K * [[1e9, 1, 1], [1, 1e9, 1], [1, 1, 1]]
+    pred = np.where(turned[:, None, None], 5 - truth, truth)
+    found = depth_metrics(pred, truth, mask, align=align, scope=scope, intrinsics=k)
+    assert found.inverted == turned.mean() and found.row()["depth_inverted"] == turned.mean()
+    assert found.abs_rel < 1e-6
+    one = depth_metrics(pred, truth, mask, align="median", scope=scope)
+    assert one.inverted == 0 and (one.abs_rel > 0.1) == turned.any()
 
 
 @pytest.mark.parametrize("align", AFFINE)

@@ -254,6 +254,19 @@ def test_runs_that_rest_on_different_settings_are_not_passed_off_as_comparable()
     assert "compare them with care" in table and "| b | – |" in table and "(×1e-2)" in table
 
 
+def test_inverted_depth_is_said_under_the_table() -> None:
+    """And it makes no two runs incomparable: it is a result, not a setting."""
+    runs = []
+    for label, shares in (("upright", (0.0, 0.0)), ("turned", (0.0, 1.0)), ("half", (0.5, 0.0))):
+        done = [ok_row(str(n), {"abs_rel": 0.1, "delta": 1.0, "depth_inverted": x}) for n, x in enumerate(shares)]
+        runs.append({**tables.summarise(done, SETTINGS), "label": label})
+    table = markdown_table(runs, depth_columns())
+    assert "- turned: **the fitted scale of depth is negative in 50.0 % of the frames**" in table
+    assert "- half: **the fitted scale of depth is negative in 25.0 % of the frames**" in table
+    assert "- upright" not in table and "compare them with care" not in table
+    assert "negative" not in markdown_table(runs[:1], depth_columns())
+
+
 def test_skipped_sequences_stand_under_the_table() -> None:
     run = {**tables.summarise(rows(), SETTINGS, names=list("abcdefg")), "label": "x"}
     table = markdown_table([run], (*point_columns(1e-2, "transparent_"), *relief_columns()))

@@ -153,7 +153,7 @@ def test_depth_of_a_sensors_own_size() -> None:
 
 
 def test_a_principal_point_outside_of_the_picture() -> None:
-    with pytest.raises(ValueError, match=r"numbered: its principal point 50.0 lies outside of 48 pixels"):
+    with pytest.raises(ValueError, match=r"numbered: its principal point 50.5 lies outside of 48 pixels"):
         augment(numbered(37, 48, (50.0, 18.0)), (28, 28), Augmentation(), np.random.default_rng(0))
 
 

@@ -124,7 +124,7 @@ def test_views_without_depth(people: Path) -> None:
 def test_a_principal_point_of_another_picture(people: Path) -> None:
     change_cameras(people, lambda frame: frame.update(cx=64.0))
     (found,) = check_people(people)
-    assert "0000: frame " in found and "has its principal point at (63.5, 31.5) of 69 x 64 pixels" in found
+    assert "0000: frame " in found and "has its principal point at (64.0, 32.0) of 69 x 64 pixels" in found
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def by_hand(height: int = 3, width: int = 4) -> VggtPrediction:
     rng = np.random.default_rng(0)
     turned = np.array([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]])
     extrinsics = np.stack([np.eye(4)[:3], np.c_[turned, -turned @ [1, 2, 3]]])
-    intrinsics = np.tile(np.array([[4.0, 0, width / 2], [0, 5.0, height / 2], [0, 0, 1]]), (2, 1, 1))
+    k = np.array([[4.0, 0, (width - 1) / 2], [0, 5.0, (height - 1) / 2], [0, 0, 1]])  # integers at pixel centers
+    intrinsics = np.tile(k, (2, 1, 1))
     confidence = np.arange(1.0, 1 + 2 * height * width).reshape(2, height, width)
     mask = np.ones((2, height, width), bool)
     mask[1, :, 0] = False
@@ -121,11 +122,12 @@ def test_cameras_and_points_follow_the_formulas(model: VggtModel) -> None:
         )
         np.testing.assert_allclose(prediction.extrinsics[s], np.c_[rotation, [tx, ty, tz]], atol=1e-5)
         fx, fy = w / 2 / np.tan(fov_w / 2), h / 2 / np.tan(fov_h / 2)
-        np.testing.assert_allclose(prediction.intrinsics[s], [[fx, 0, w / 2], [0, fy, h / 2], [0, 0, 1]], rtol=1e-5)
+        k = [[fx, 0, (w - 1) / 2], [0, fy, (h - 1) / 2], [0, 0, 1]]
+        np.testing.assert_allclose(prediction.intrinsics[s], k, rtol=1e-5)
         for v, u in ((0, 0), (10, 100), (h - 1, w - 1)):
             seen = rotation @ prediction.points[s, v, u].numpy() + [tx, ty, tz]
             assert seen[2] == pytest.approx(prediction.depth[s, v, u].item(), abs=1e-4)
-            pixel = seen[:2] / seen[2] * [fx, fy] + [w / 2, h / 2]
+            pixel = seen[:2] / seen[2] * [fx, fy] + [(w - 1) / 2, (h - 1) / 2]
             np.testing.assert_allclose(pixel, [u, v], atol=0.02)
 
 
@@ -306,8 +308,9 @@ def test_a_saved_glb_holds_points_and_cameras(tmp_path: Path) -> None:
         assert sorted(map(sorted, faces.tolist())) == sorted([[0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 1, 4]] * 2)
         normals = {tuple(np.round(normal, 5)) for normal in scene.geometry[f"camera_{s}"].face_normals}
         assert len(normals) == 8, "a viewer that draws only front faces would miss a side"
-        pixels = seen[:, :2] / seen[:, 2:] * [4, 5] + [2, 1.5]
-        np.testing.assert_allclose(pixels, [[0, 0], [4, 0], [4, 3], [0, 3]], atol=1e-5)
+        # The outline of the image, half a pixel outside of the centers of the outermost pixels.
+        pixels = seen[:, :2] / seen[:, 2:] * [4, 5] + [1.5, 1]
+        np.testing.assert_allclose(pixels, [[-0.5, -0.5], [3.5, -0.5], [3.5, 2.5], [-0.5, 2.5]], atol=1e-5)
         assert set(map(tuple, scene.geometry[f"camera_{s}"].visual.vertex_colors)) == {
             (255, 0, 0, 255) if s == 0 else (0, 0, 255, 255)
         }

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peft_attrsub.vggt.cameras import to_pixel_centers
+
 from .scenes import Shards
 
 #: Farther pixels than this many metres would outweigh a scene; a room is 8 m long.
@@ -34,9 +36,9 @@ def make_batch(rows: list[np.ndarray], chosen: list[np.ndarray]) -> dict[str, Te
     size = depths.shape[-1]
     intrinsics = torch.zeros(*poses.shape[:2], 3, 3)
     intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = focal[:, None]
-    # The middle, where centres of pixels have whole coordinates.
-    intrinsics[..., 0, 2] = intrinsics[..., 1, 2] = (size - 1) / 2
+    intrinsics[..., 0, 2] = intrinsics[..., 1, 2] = size / 2  # from the image's corner
     intrinsics[..., 2, 2] = 1
+    intrinsics = to_pixel_centers(intrinsics)
     depths = torch.from_numpy(depths)
     return {
         "images": torch.from_numpy(images).permute(0, 1, 4, 2, 3).float() / 255,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from training.ema import Ema
 
+from peft_attrsub.datasets.resizing import resize_intrinsics
 from peft_attrsub.vggt import VggtConfig, VggtModel
 from peft_attrsub.vggt.batch import normalise_scene
 from peft_attrsub.vggt.cameras import encode_pose
@@ -202,9 +203,7 @@ def shrink(batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
     b, s = batch["depths"].shape[:2]
     images = F.interpolate(batch["images"].flatten(0, 1), (size, size), mode="bilinear", antialias=True)
     nearest = ((torch.arange(size) + 0.5) * old / size - 0.5).round().long()
-    intrinsics = batch["intrinsics"].clone()
-    intrinsics[..., :2, :2] *= size / old
-    intrinsics[..., :2, 2] = (size - 1) / 2
+    intrinsics = resize_intrinsics(batch["intrinsics"], (old, old), (size, size))
     maps = {k: batch[k][..., nearest, :][..., nearest] for k in ("depths", "point_masks")}
     return batch | maps | {"images": images.unflatten(0, (b, s)), "intrinsics": intrinsics}
 

@@ -27,6 +27,7 @@ import numpy as np
 from peft_attrsub.scenes.pixels import encode_depth, encode_rgb
 from peft_attrsub.scenes.storage import json_bytes, write_atomically
 from peft_attrsub.scenes.view import encode_srgb, need
+from peft_attrsub.vggt.cameras import to_image_corner, to_pixel_centers
 
 from .glassware import KINDS, meridian
 from .refraction import Box, Lathe, nearest, trace
@@ -173,8 +174,8 @@ def arc(rng: np.random.Generator, views: int) -> np.ndarray:
 def intrinsics(size: tuple[int, int]) -> np.ndarray:
     """K (3, 3) of pictures of (height, width): ClearPose's, scaled about the corner of the first pixel."""
     down, across = size[0] / SIZE[0], size[1] / SIZE[1]
-    cx, cy = (CENTRE[0] + 0.5) * across - 0.5, (CENTRE[1] + 0.5) * down - 0.5
-    return np.array([[FOCAL * across, 0, cx], [0, FOCAL * down, cy], [0, 0, 1]])
+    full = np.array([[FOCAL, 0, CENTRE[0]], [0, FOCAL, CENTRE[1]], [0, 0, 1]])
+    return to_pixel_centers(np.diag([across, down, 1.0]) @ to_image_corner(full))
 
 
 def render(

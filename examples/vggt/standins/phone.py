@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from peft_attrsub.scenes.description import Scene
+from peft_attrsub.scenes.storage import intrinsic
 from peft_attrsub.scenes.view import Renderer
+from peft_attrsub.vggt.cameras import to_pixel_centers
 
 RATE = 21.0  # frames per second
 
@@ -34,8 +36,8 @@ def record_burst(
         images.append(view.rgb)
         depth = view.depth[chosen]
         depths.append((depth * (1 + 0.01 * rng.normal(size=depth.shape))).astype(np.float32))
-        # A scene counts from the corner of the first pixel, a calibrated phone from its centre.
-        intrinsics.append(np.array([[camera.fx, 0, camera.cx - 0.5], [0, camera.fy, camera.cy - 0.5], [0, 0, 1]]))
+        # A scene's cameras count from the image's corner, a calibrated phone's from the center of the first pixel.
+        intrinsics.append(to_pixel_centers(intrinsic(camera)))
     return images, depths, intrinsics
 
 
@@ -49,7 +51,7 @@ def write_soap_bundle(
     """Write <folder>/frame_bundle.npz, whole or not at all, and return its path.
 
     images (H, W, 3) uint8, portrait. depths (h, w) float32 metres, portrait, 0 where there is none. intrinsics (3, 3):
-    of the images, integer coordinates at pixel centres. encoding: "metric" or "inverse", how depth is stored.
+    of the images, integer coordinates at pixel centers. encoding: "metric" or "inverse", how depth is stored.
     """
     if encoding not in ("metric", "inverse"):
         raise ValueError(f'encoding={encoding!r} was given: "metric" or "inverse" is expected.')

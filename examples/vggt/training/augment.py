@@ -24,6 +24,7 @@ from torch import Tensor
 
 from peft_attrsub.datasets import Sample, resize
 from peft_attrsub.datasets.resizing import resize_images, resize_intrinsics, resize_nearest
+from peft_attrsub.vggt import to_image_corner
 
 #: Pixels by which a picture is larger than its target before it is cut, so that rounding leaves no black border.
 MARGIN = 4
@@ -161,7 +162,7 @@ def _draw_way(
     shares = rng.uniform(augmentation.crop_min, augmentation.crop_max, 2)
     extra = rng.triangular(0, 0, augmentation.rescale) if augmentation.rescale > 0 else 0.0
     (top, height), (left, width) = (
-        _window(name, float(intrinsic[axis, 2]), side, float(share))
+        _window(name, float(to_image_corner(intrinsic)[axis, 2]), side, float(share))
         for axis, side, share in ((1, full[0], shares[0]), (0, full[1], shares[1]))
     )
     intrinsic = intrinsic.clone()
@@ -171,20 +172,20 @@ def _draw_way(
     factor = max((target[0] + margin) / height, (target[1] + margin) / width)
     size = (max(target[0], round(height * factor)), max(target[1], round(width * factor)))
     intrinsic = resize_intrinsics(intrinsic, (height, width), size)
-    # From the corner of the first pixel the principal point is at c + 1/2, the target's centre at half its side.
-    offset = tuple(round(float(intrinsic[axis, 2]) + 0.5 - target[1 - axis] / 2) for axis in (1, 0))
+    # From the image's corner the middle of the target is at half its side.
+    corner = to_image_corner(intrinsic)
+    offset = tuple(round(float(corner[axis, 2]) - target[1 - axis] / 2) for axis in (1, 0))
     intrinsic[0, 2] -= offset[1]
     intrinsic[1, 2] -= offset[0]
     return _Way((top, left, height, width), size, (offset[0], offset[1]), target, intrinsic)
 
 
-def _window(name: str, centre: float, side: int, share: float) -> tuple[int, int]:
-    """First pixel and length of the window on one axis: about the principal point, `share` of the side
-    where that fits."""
-    point = centre + 0.5
+def _window(name: str, point: float, side: int, share: float) -> tuple[int, int]:
+    """First pixel and length of the window on one axis: about the principal point, given from the image's corner,
+    `share` of the side where that fits."""
     if not 0 < point < side:
         raise ValueError(
-            f"{name}: its principal point {centre:.1f} lies outside of {side} pixels: the cameras are damaged, or "
+            f"{name}: its principal point {point:.1f} lies outside of {side} pixels: the cameras are damaged, or "
             "belong to pictures of another size."
         )
     half = min(share * side / 2, point, side - point)

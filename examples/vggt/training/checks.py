@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peft_attrsub.datasets import MultiViewDataset, Sample
+from peft_attrsub.vggt import to_image_corner
 from peft_attrsub.vggt.losses import MIN_PIXELS
 
 from .batches import training_frames
@@ -127,16 +128,15 @@ def check_sample(sample: Sample) -> list[str]:
         problems.append(f"{sample.name}: a translation is not finite: its pose file is damaged.")
     k = sample.intrinsics
     for view, frame in enumerate(sample.frames):
-        focal, centre = k[view, (0, 1), (0, 1)], k[view, :2, 2]
+        focal, center = k[view, (0, 1), (0, 1)], to_image_corner(k[view])[:2, 2]
         if not bool(k[view].isfinite().all()) or bool((focal <= 0).any()):
             problems.append(
                 f"{sample.name}: frame {frame} has no focal lengths greater than 0: its camera is damaged."
             )
             break
-        middle = torch.tensor([(columns - 1) / 2, (rows - 1) / 2], dtype=k.dtype)
         sides = torch.tensor([columns, rows], dtype=k.dtype)
-        if bool(((centre - middle).abs() > FARTHEST_CENTRE * sides).any()):
-            x, y = centre.tolist()
+        if bool(((center - sides / 2).abs() > FARTHEST_CENTRE * sides).any()):
+            x, y = center.tolist()
             problems.append(
                 f"{sample.name}: frame {frame} has its principal point at ({x:.1f}, {y:.1f}) of {columns} x {rows} "
                 "pixels: its camera belongs to pictures of another size, or they were cropped."
