@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +79,12 @@ class Precision:
         return torch.autocast(kind, dtype=self.dtype, enabled=self.dtype is not None)
 
     def record(self) -> dict[str, str]:
-        """JSON values for the record of a run."""
+        """JSON values for the record of a run; `Precision.of` reads them back."""
         return {"precision": self.name, "requested": self.requested, "why": self.why}
+
+    @classmethod
+    def of(cls, record: Mapping[str, str], training: bool = True) -> Precision:
+        return cls(parse_precision(record["precision"]), record["why"], record["requested"], training)
 
     def __str__(self) -> str:
         scaler = " with a gradient scaler" if self.scaled else ""
@@ -150,6 +155,19 @@ def choose_precision(
                 stacklevel=2,
             )
     return Precision(name, why, name, training)
+
+
+def keep_precision(kept: Precision, device: torch.device | str) -> str:
+    """For a run that continues in the precision it began with, on whatever device: the line to print, or "".
+
+    The line says what "auto" would choose on this device; there is none where that is the same, or where the precision
+    was requested by its name. Warns and raises like `choose_precision` where the device does not have the precision.
+    """
+    choose_precision(device, kept.name, training=kept.training)
+    now = choose_precision(device)
+    if now.name == kept.name or kept.requested == kept.name:
+        return ""
+    return f"precision {kept.name} is kept from the start of this run; auto would choose {now.name}: {now.why}"
 
 
 def native_precision(device: torch.device | str, name: str) -> tuple[bool, str]:
@@ -288,4 +306,14 @@ def _step_seconds(device: str, dtype: torch.dtype | None, width: int = 128, rows
     return statistics.median(seconds[1:])  # the first one warms up
 
 
-__all__ = ["DTYPES", "Precision", "choose_precision", "native_precision", "parse_dtype", "parse_precision", "slowdown"]
+__all__ = [
+    "AUTO",
+    "DTYPES",
+    "Precision",
+    "choose_precision",
+    "keep_precision",
+    "native_precision",
+    "parse_dtype",
+    "parse_precision",
+    "slowdown",
+]

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from peft_attrsub.evaluation.files import write_atomically
-from peft_attrsub.vggt.precision import AUTO, Precision, choose_precision, parse_precision
+from peft_attrsub.vggt.precision import AUTO, Precision, choose_precision, keep_precision, parse_precision
 
 from .options import TrainSettings
 
@@ -47,7 +47,7 @@ def settle(train: TrainSettings, out: Path, accelerator: Accelerator, continued:
 
     Raises: ValueError for fp16 where parameters are sharded, and for what the device cannot compute.
     """
-    path, device = out / FILE, accelerator.device
+    path = out / FILE
     if not continued:
         chosen = _chosen(train.precision, accelerator)
         with accelerator.main_process_first():
@@ -57,11 +57,7 @@ def settle(train: TrainSettings, out: Path, accelerator: Accelerator, continued:
         chosen = _read(path)
         return chosen, str(chosen)
     kept = _read(path) if path.exists() else Precision(train.precision, "stored with the run", "unknown")
-    choose_precision(device, kept.name)  # warns or refuses where this device lacks it
-    now = choose_precision(device)
-    if now.name == kept.name or kept.requested == kept.name:
-        return kept, ""
-    return kept, f"precision {kept.name} is kept from the start of this run; auto would choose {now.name}: {now.why}"
+    return kept, keep_precision(kept, accelerator.device)
 
 
 def _chosen(requested: str, accelerator: Accelerator) -> Precision:
@@ -77,5 +73,4 @@ def _chosen(requested: str, accelerator: Accelerator) -> Precision:
 
 
 def _read(path: Path) -> Precision:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return Precision(record["precision"], record["why"], record["requested"])
+    return Precision.of(json.loads(path.read_text(encoding="utf-8")))
