@@ -6,8 +6,8 @@
     python examples/vggt/evaluate.py --benchmark human --data THuman --out runs/base --launcher slurm --jobs 8 --gpus 1
 
 In OUT: sequences.csv, summary.json (means, settings, precision, versions), table.md, and pictures/ of the first
-sequences: PNG of prediction beside truth and error, PLY of both clouds. Whatever stops a run, the same command continues it; several
-processes share the sequences.
+sequences: PNG of prediction beside truth and error, PLY of both clouds. Whatever stops a run, the same command
+continues it; several processes share the sequences.
 
 Exit status: 0 all is measured; 1 sequences could not be read (they are named); 2 wrong arguments.
 With --launcher: 0 all is measured, 1 jobs failed or were stopped, 130 or 143 stopped by Ctrl-C or SIGTERM.
