@@ -70,8 +70,7 @@ def run_model(model: VggtModel, sample: Sample, how: How) -> Prediction:
     with integers at pixel centers as the truth has them."""
     patch, (height, width) = model.config.patch_size, sample.images.shape[-2:]
     size = (max(1, round(height * how.image_size / width / patch)) * patch, how.image_size)
-    dtype = {"float32": None, "bfloat16": torch.bfloat16}[how.dtype]
-    found = predict(model, resize_images(sample.images, size), dtype=dtype)
+    found = predict(model, resize_images(sample.images, size), dtype=how.dtype)
     target = (sample.depths.shape[-2], sample.depths.shape[-1])
     mode = "bilinear" if how.metrics == "points" else "bicubic"
     assert found.depth is not None

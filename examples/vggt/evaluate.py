@@ -5,9 +5,9 @@
     python examples/vggt/evaluate.py --table runs/base runs/mine            # one Markdown table of several runs
     python examples/vggt/evaluate.py --benchmark human --data THuman --out runs/base --launcher slurm --jobs 8 --gpus 1
 
-In OUT: sequences.csv, summary.json (means, settings, versions), table.md, and pictures/ of the first sequences: PNG of
-prediction beside truth and error, PLY of both clouds. Whatever stops a run, the same command continues it; several
-processes share the sequences.
+In OUT: sequences.csv, summary.json (means, settings, precision, versions), table.md, and pictures/ of the first
+sequences: PNG of prediction beside truth and error, PLY of both clouds. Whatever stops a run, the same command
+continues it; several processes share the sequences.
 
 Exit status: 0 all is measured; 1 sequences could not be read (they are named); 2 wrong arguments.
 With --launcher: 0 all is measured, 1 jobs failed or were stopped, 130 or 143 stopped by Ctrl-C or SIGTERM.
@@ -16,6 +16,7 @@ With --launcher: 0 all is measured, 1 jobs failed or were stopped, 130 or 143 st
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from training.launcher import Job, add_options, options_of, script_command, with
 from training.launcher import launch as run_jobs
 
 BENCHMARKS = ("face", "face-real", "human", "clearpose", "scenes")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
+PRECISION = "precision.json"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +51,16 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
     model.add_argument("--random-weights", type=int, metavar="SEED", help="untrained; --model is then a preset")
     model.add_argument("--image-size", type=int, help="width in pixels that VGGT sees (default: its own, 518)")
-    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    model.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        metavar="{auto,bf16,fp16,fp32}",
+        default="auto",
+        help="of the aggregator (default: auto, what the device computes natively; a continued run keeps its own)",
+    )
+    model.add_argument(
+        "--dtype", dest="precision", choices=PRECISIONS, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     how = out.add_argument_group("the protocol (defaults: the release's)")
     how.add_argument("--align", choices=("sim3+icp", "sim3", "scale", "median", "none"), help="of point maps")
     how.add_argument("--icp-threshold", type=float, help="in the truth's unit (default: 0.1)")
@@ -131,6 +143,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from peft_attrsub.datasets import open_benchmark, protocol
     from peft_attrsub.evaluation.files import write_atomically
     from peft_attrsub.evaluation.tables import start_run
+    from peft_attrsub.vggt.precision import DTYPES
 
     check(args)
     rules = protocol(args.benchmark)
@@ -140,9 +153,7 @@ def evaluate(args: argparse.Namespace) -> int:
     # Without a device accelerate has to be told, or it would not see the other processes of torchrun.
     state = PartialState(cpu=not torch.accelerator.is_available())
     device = state.device
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    precision, told = choose(args, device)
     patch, own = (
         getattr(_model.load_config(args.model, args.random_weights), k) for k in ("patch_size", "image_size")
     )
@@ -160,7 +171,7 @@ def evaluate(args: argparse.Namespace) -> int:
         max_queries=args.max_queries,
         exact=args.exact,
         image_size=width,
-        dtype=dtype,
+        dtype=str(DTYPES[precision.name]).removeprefix("torch."),
         seed=args.seed,
         workers=-1 if state.num_processes == 1 else 1,
     )
@@ -169,6 +180,10 @@ def evaluate(args: argparse.Namespace) -> int:
     )
     with state.main_process_first():
         done = start_run(args.out, settings(args, how, loaded.digest, rules.metrics))
+        if not (args.out / PRECISION).exists():
+            write_atomically(args.out / PRECISION, (json.dumps(precision.record(), indent=1) + "\n").encode())
+    if told and state.is_main_process:
+        print(told, file=sys.stderr)
     unreadable = work(args, how, loaded, dataset, names, done, state)
     summary = close(args, names, loaded, rules, _model.provenance(device) | {"processes": state.num_processes})
     if summary["n_missing"] == 0:
@@ -178,6 +193,24 @@ def evaluate(args: argparse.Namespace) -> int:
         for name, reason in summary["skipped"].items():
             print(f"skipped: {name}: {reason}")
     return 1 if unreadable else 0
+
+
+def choose(args: argparse.Namespace, device: Any) -> tuple[Any, str]:
+    """The precision of the run in --out, and the line to print: a new run chooses for the device, one that is
+    continued keeps what it began with, as its run.json has it."""
+    from peft_attrsub.evaluation.tables import RUN
+    from peft_attrsub.vggt.precision import AUTO, Precision, choose_precision, keep_precision, parse_precision
+
+    run, record = args.out / RUN, args.out / PRECISION
+    if parse_precision(args.precision) != AUTO or not run.exists():
+        chosen = choose_precision(device, args.precision, training=False)
+        return chosen, str(chosen)
+    if record.exists():
+        kept = Precision.of(json.loads(record.read_text(encoding="utf-8")), training=False)
+    else:  # of an older version
+        name = parse_precision(json.loads(run.read_text(encoding="utf-8")).get("dtype"))
+        kept = Precision(name, "stored with the run", "unknown", training=False)
+    return kept, keep_precision(kept, device)
 
 
 def settings(args: argparse.Namespace, how: Any, digest: str, metrics: str) -> dict[str, Any]:
@@ -244,6 +277,7 @@ def close(
         "data": args.data.name,
         "adapter": args.adapter,
         "provenance": provenance,
+        "precision": json.loads((args.out / PRECISION).read_text(encoding="utf-8")),
     }
     while True:
         summary = finish_run(args.out, names, weights, **facts)

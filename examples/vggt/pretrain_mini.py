@@ -46,6 +46,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of parts of the loss, from here on: camera, depth, relative, match, attend, points",
     )
     parser.add_argument("--threads", type=int, default=1, help="of the training, and processes that render")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="auto (the default: what this CPU computes natively), bf16, fp16 or fp32; a run that is continued keeps "
+        "what it began with",
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     parser.add_argument("--evaluate", action="store_true", help="measure on the held-out scenes and stop")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the model there and stop")
@@ -97,7 +103,9 @@ def _run(given: argparse.Namespace) -> int:
         make_scenes(scenes, given.out / "scenes", given.threads)
     shards = {name: Shards(scenes, given.out / "scenes") for name, scenes in kinds.items()}
 
-    run = Run(config, plan, shards.get("train"), given.out)
+    run = Run(config, plan, shards.get("train"), given.out, given.precision)
+    if not only and run.told:
+        print(run.told, file=sys.stderr, flush=True)
     if only and run.step == 0:
         raise ValueError(f"{given.out} holds no trained model yet: train first, without --evaluate or --export.")
 

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 #: Settings that are said under a table, in this order, where a run has them.
-STATED = ("benchmark", "align", "icp_threshold", "depth_align", "depth_solver", "depth_scope", "exact", "max_queries")
+STATED = (
+    "benchmark",
+    "align",
+    "icp_threshold",
+    "depth_align",
+    "depth_solver",
+    "depth_scope",
+    "exact",
+    "max_queries",
+    "dtype",
+)
 
 
 @dataclass(frozen=True)

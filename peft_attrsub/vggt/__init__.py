@@ -17,10 +17,12 @@ from .configuration_vggt import VggtConfig
 from .image_processing_vggt import VggtImageProcessor
 from .losses import VggtLoss, VggtLosses
 from .modeling_vggt import VggtModel, VggtOutput
+from .precision import Precision, choose_precision
 from .prediction import VggtPrediction
 from .targets import vggt_targets
 
 __all__ = [
+    "Precision",
     "VggtConfig",
     "VggtImageProcessor",
     "VggtLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "VggtOutput",
     "VggtPrediction",
     "check_extrinsics",
+    "choose_precision",
     "decode_pose",
     "encode_pose",
     "invert_extrinsics",

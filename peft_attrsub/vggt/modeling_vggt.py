@@ -24,6 +24,7 @@ from .configuration_vggt import HEADS, VggtConfig
 from .dpt_head import DptHead
 from .encoder import Encoder
 from .losses import VggtLoss
+from .precision import parse_dtype
 from .shipped import SHIPPED, find_shipped
 
 _TRUTH = ("depths", "extrinsics", "intrinsics", "point_masks", "world_points")
@@ -124,9 +125,11 @@ class VggtModel(VggtPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VggtModel:
         """As transformers does it, from a folder or the Hub; "vggt-mini" is the small trained VGGT of this repository.
 
-        Its weights are stored in bfloat16 and loaded as float32, unless dtype= says otherwise.
+        Its weights are stored in bfloat16 and loaded as float32, unless dtype= says otherwise: a torch dtype, or its
+        name ("bfloat16", "bf16").
         """
         given = pretrained_model_name_or_path
+        kwargs |= {key: parse_dtype(kwargs[key]) for key in ("dtype", "torch_dtype") if key in kwargs}
         model: VggtModel = super().from_pretrained(find_shipped(given), *args, **kwargs)
         # Adapters name their base: a word that holds anywhere, not this machine's folder.
         if given in SHIPPED:

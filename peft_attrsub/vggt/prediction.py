@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .cameras import at_least_float32, decode_pose, to_image_corner, to_pixel_centers, unproject
 from .image_processing_vggt import VggtImageProcessor
+from .precision import choose_precision, parse_dtype, parse_precision
 
 if TYPE_CHECKING:
     from .modeling_vggt import VggtModel
@@ -57,10 +58,11 @@ class VggtPrediction:
     mask: Tensor
     boxes: Tensor | None = None
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VggtPrediction:
-        """The same on another device; dtype is for the floating-point tensors."""
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> VggtPrediction:
+        """The same on another device; dtype, or its name, is for the floating-point tensors."""
+        kind = parse_dtype(dtype)
         moved: dict[str, Any] = {
-            name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+            name: value.to(device=device, dtype=kind if value.is_floating_point() else None)
             for name, value in self._tensors()
         }
         return VggtPrediction(**({field.name: None for field in fields(self)} | moved))
@@ -162,7 +164,7 @@ def predict(
     points: str = "depth",
     mode: str | None = None,
     processor: VggtImageProcessor | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> VggtPrediction:
     """Cameras, depth and points of one scene; `model.predict(images)` is the same.
 
@@ -173,7 +175,9 @@ def predict(
         points: "depth" unprojects the depth by the cameras; "head" takes the points of the point head.
         mode: of the processor: "crop", "pad" or "square". Pixels that are ready stay as they are.
         processor: by default one of the model's own image and patch size.
-        dtype: torch.bfloat16 or torch.float16 to run the blocks in it (autocast). The heads stay in float32.
+        dtype: to run the blocks in it (autocast): torch.bfloat16, "bfloat16" or "bf16", likewise float16, or "auto"
+            for what the device computes natively (see `precision`). The heads stay in float32. None: as the caller's
+            autocast has it, by default float32.
 
     Returns: a VggtPrediction of tensors on the model's device without gradients, float32 (float64 where the model's
     outputs are).
@@ -181,7 +185,10 @@ def predict(
     """
     _check_heads(model, points)
     pixels, boxes = _pixels(model, images, mode, processor)
-    guard = contextlib.nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+    guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if dtype is not None:
+        chosen = choose_precision(model.device, parse_precision(dtype, "dtype"), training=False)
+        guard = chosen.autocast(model.device)
     with _evaluating(model), torch.inference_mode(), guard:
         pixels = pixels.to(model.device, torch.float32)
         output = model(pixel_values=pixels)

@@ -210,6 +210,56 @@ def test_a_run_continues_where_it_stopped(
     assert script.main(arguments(people, model, out)) == 0 and seen == ["0001", "0002"]
 
 
+def test_a_precision_is_chosen_once_and_kept(
+    script: ModuleType,
+    people: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from peft_attrsub.vggt import precision
+
+    monkeypatch.setattr(precision, "slowdown", lambda device, name: 0.5)
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+    machines = {"bf16": {"avx512_bf16": True}, "fp32": {}}
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    read, numbers = RenderedDataset.read, {}
+
+    def interrupted(self: object, name: str, frames: object = None) -> Sample:
+        if name == NAMES[1]:
+            raise KeyboardInterrupt
+        return read(self, name, frames)  # type: ignore[arg-type]
+
+    for auto, other in (("bf16", "fp32"), ("fp32", "bf16")):
+        for option, name in (("auto", auto), ("fp32", "fp32"), ("bfloat16", "bf16")):
+            out = tmp_path / f"{auto}-{option}"
+            run = arguments(people, model, out)
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda auto=auto: machines[auto], raising=False)
+            flag = "--dtype" if option == "bfloat16" else "--precision"  # its older name
+            with monkeypatch.context() as patch:
+                patch.setattr(RenderedDataset, "read", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    script.main([*run, flag, option])
+            assert f"precision {name}: " in capsys.readouterr().err
+            # Another machine goes on in the same precision, and says so where it would choose another.
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda other=other: machines[other])
+            if option == "fp32":
+                (out / "precision.json").unlink()  # as in an older version
+            assert script.main([*run, "--precision", names[other if name == auto else auto]]) == 2
+            assert f"holds a run with dtype = '{names[name]}'" in capsys.readouterr().err
+            assert script.main(run) == 0
+            said = capsys.readouterr()
+            kept = f"precision {name} is kept from the start of this run; auto would choose {other}"
+            assert (kept in said.err) == (name == auto and option != "bfloat16")
+            found = summary(out)
+            assert found["settings"]["dtype"] == names[name] and found["precision"]["precision"] == name
+            assert f"dtype = {names[name]}" in said.out
+            numbers.setdefault(name, set()).add(found["metrics"]["acc"])
+    assert len(numbers["bf16"]) == len(numbers["fp32"]) == 1 and numbers["bf16"] != numbers["fp32"]
+
+
 def test_another_protocol_does_not_continue_a_run(
     script: ModuleType, people: Path, model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

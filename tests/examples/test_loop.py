@@ -16,6 +16,7 @@ from peft_attrsub.vggt import VggtLoss
 from tests.examples.training_tools import on_path, random_batch, tiny_model
 
 on_path()
+from training.guard import DivergedError, NanGuard  # noqa: E402
 from training.loop import Loop, count_images  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +119,71 @@ def test_what_is_drawn_in_a_step_follows_from_its_number() -> None:
         loop.seed_all(number)
         drawn.append(float(torch.rand(())))
     assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_fp16_is_scaled_and_its_gradients_are_those_of_float32() -> None:
+    batches = [random_batch(0, 1, 2), random_batch(1, 2, 3)]
+    expected = weighted_gradient(batches)
+    model = tiny_model()
+    loop = make_loop(model, rate=1.0, dtype=torch.float16)
+    change = step_change(loop, model, batches)
+    assert loop.scaler is not None and loop.scaler.is_enabled()
+    for name, gradient in expected.items():
+        # fp16 has ten bits; without the scaler small gradients would be 0.
+        assert (change[name] - gradient).norm() <= 0.02 * gradient.norm() + 1e-4, name
+    assert make_loop(tiny_model(), dtype=torch.bfloat16).scaler is None and make_loop(tiny_model()).scaler is None
+
+
+def test_limits_hold_for_the_gradient_and_not_for_the_scaled_one() -> None:
+    batches, model = [random_batch(0)], tiny_model()
+    loop = make_loop(model, rate=1.0, dtype=torch.float16, clip=0.01)
+    norms = loop.step(0, batches).norms
+    exact = make_loop(tiny_model()).step(0, batches).norms
+    assert norms["total"] == pytest.approx(exact["total"], rel=0.02) and norms["total"] > 0.01
+    model = tiny_model()
+    change = step_change(make_loop(model, rate=1.0, dtype=torch.float16, clip=0.01), model, batches)
+    assert math.sqrt(sum(float(d.square().sum()) for d in change.values())) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_overflow_halves_the_scale_and_is_not_the_guards_business(tmp_path: Path) -> None:
+    """From a scale at which every gradient overflows down to one that fits: steps left out, none of them counted."""
+    model, guard = tiny_model(), NanGuard(tmp_path, limit=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    loop = make_loop(model, rate=1e-3, dtype=torch.float16, scaler=scaler, guard=guard)
+    acted: list[int] = []
+    loop.after.append(acted.append)
+    results, before = [], {name: p.detach().clone() for name, p in model.named_parameters()}
+    while not results or results[-1].overflow:
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        results.append(loop.step(len(results), [random_batch(0)]))
+    assert len(results) > 5 and all(str(one.skipped).startswith("gradient of") for one in results[:-1])
+    assert [one.loss_scale for one in results] == [2.0 ** (40 - n) for n in range(len(results))]
+    assert results[-1].skipped is None and acted == [len(results) - 1]
+    assert (guard.skipped, guard.in_a_row, guard.overflows) == (0, 0, len(results) - 1)
+    again = NanGuard(tmp_path)
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == guard.state_dict()
+    again.load_state_dict({key: value for key, value in guard.state_dict().items() if key != "overflows"})
+
+
+def test_a_gradient_that_no_scale_can_save_ends_the_run(tmp_path: Path) -> None:
+    model, guard = tiny_model(), NanGuard(tmp_path, limit=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    loop = make_loop(model, dtype=torch.float16, scaler=scaler, guard=guard)
+    for parameter in model.camera_head.parameters():
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    overflows = [loop.step(number, [random_batch(0)]).overflow for number in range(3)]
+    assert overflows == [True, True, False] and guard.in_a_row == 1
+    with pytest.raises(DivergedError, match=r"2 steps in a row up to step 3 .* because gradient of camera"):
+        loop.step(3, [random_batch(0)])
+
+
+def test_a_loss_that_is_not_finite_counts_with_a_scaler_too(tmp_path: Path) -> None:
+    batch, guard = random_batch(0), NanGuard(tmp_path, limit=5)
+    batch["images"][0, 0, 0, 0, 0] = float("nan")
+    loop = make_loop(tiny_model(), dtype=torch.float16, guard=guard)
+    result = loop.step(0, [batch])
+    assert not result.overflow and str(result.skipped).startswith(("camera", "depth")) and guard.skipped == 1
 
 
 @pytest.mark.slow

@@ -101,6 +101,45 @@ def test_out_of_minutes_it_saves_and_another_plan_is_refused(
         Run(config, type(plan)(batch=3), None, tmp_path)
 
 
+def test_a_precision_is_chosen_once_and_kept(
+    script: ModuleType,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from peft_attrsub.vggt import precision
+
+    monkeypatch.setattr(precision, "slowdown", lambda device, name: 0.5)
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+    for flags, auto, other in (({}, "fp32", "bf16"), ({"avx512_bf16": True}, "bf16", "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        for requested, name in (("auto", auto), ("float32", "fp32"), ("fp16", "fp16")):
+            out = tmp_path / f"{auto}-{requested}"
+            out.mkdir()
+            (out / "scenes").symlink_to(finished / "scenes")
+            run = [*TOY, "--out", str(out)]
+            assert script.main([*run, "--precision", requested, "--steps", "2"]) == 0
+            assert f"precision {name}" in capsys.readouterr().err
+            assert state(out)["precision"]["precision"] == name
+            assert (state(out)["scaler"] != {}) == (name == "fp16")
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: {"avx512_bf16": not flags})
+            assert script.main([*run, "--steps", "4"]) == 0
+            kept = f"precision {auto} is kept from the start of this run; auto would choose {other}"
+            assert (kept in capsys.readouterr().err) == (requested == "auto")
+            assert (state(out)["precision"]["precision"], state(out)["step"]) == (name, 4)
+            assert script.main([*run, "--precision", "bf16" if name != "bf16" else "fp32"]) == 2
+            assert f"is of a run with precision='{name}'" in capsys.readouterr().err
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+    # A checkpoint of an older version has no record: it is of bf16.
+    old = state(out)
+    del old["precision"], old["scaler"]
+    torch.save(old, out / "checkpoint.pt")
+    assert script.main([*run, "--steps", "6"]) == 0
+    assert state(out)["precision"]["precision"] == "bf16"
+
+
 def test_weights_change_on_the_way_and_are_recorded(script: ModuleType, finished: Path, tmp_path: Path) -> None:
     """From where the run is on; an export says so, and is not itself such a change."""
     (tmp_path / "scenes").symlink_to(finished / "scenes")

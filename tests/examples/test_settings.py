@@ -49,7 +49,7 @@ def test_the_preset_paper_is_the_recipe_of_the_paper(settings: ModuleType) -> No
         "accumulate": 1,
         "views_min": 4,
         "views_max": 16,
-        "precision": "bf16",
+        "precision": "auto",  # bf16 on the GPUs of the paper
         "rank": 16,
         "image_size": 518,
         "model": "facebook/VGGT-1B",
@@ -112,7 +112,7 @@ def test_smoke_is_small(settings: ModuleType) -> None:
     model, data, train = settings.parse([*GIVEN, "--preset", "smoke"])
     assert (model.model, model.random_weights, model.checkpointed) == ("vggt-mini", 0, ())
     assert data.image_size <= 112 and data.workers == 0
-    assert train.steps <= 50 and train.precision == "fp32"
+    assert train.steps <= 50 and train.precision == "auto"
 
 
 def test_the_command_line_goes_over_the_file_and_that_over_the_preset(settings: ModuleType, tmp_path: Path) -> None:
@@ -133,6 +133,17 @@ def test_a_file_has_every_type(settings: ModuleType, tmp_path: Path) -> None:
     assert (model.basis, model.attributes, model.alpha, model.random_weights) == (["one", "two"], ["texture"], None, 3)
     assert (train.clip_groups, train.depth_gradient, data.hue, model.checkpointed) == (True, False, 0.0, ())
     assert isinstance(data.hue, float)
+
+
+def test_spellings_of_a_precision(settings: ModuleType, tmp_path: Path) -> None:
+    spellings = {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16", "half"), "fp32": ("fp32", "float32", "no", "none")}
+    for name, words in {**spellings, "auto": ("auto",)}.items():
+        for word in words:
+            assert settings.parse([*GIVEN, "--precision", word])[2].precision == name
+            file = written(tmp_path, f"precision: {word}\n")  # YAML reads no as false
+            assert settings.parse([*GIVEN, "--config", file])[2].precision == name
+    with pytest.raises(ValueError, match=r"--precision is 'int8': expected one of auto, bf16, fp16, fp32\."):
+        settings.parse([*GIVEN, "--precision", "int8"])
 
 
 def test_what_is_written_is_read_back(settings: ModuleType, tmp_path: Path) -> None:

@@ -180,7 +180,11 @@ def test_layer_scales_keep_their_name(hub_folder):
 
 
 def test_half_precision_leaves_the_heads_in_float32(hub_folder):
-    model = VggtModel.from_pretrained(hub_folder, heads=list(HEADS), dtype=torch.bfloat16)
+    for spelling in (torch.bfloat16, "bfloat16", "bf16"):
+        model = VggtModel.from_pretrained(hub_folder, heads=list(HEADS), dtype=spelling)
+        assert model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype is 'bf17': expected a torch dtype or its name"):
+        VggtModel.from_pretrained(hub_folder, dtype="bf17")
     kinds = {(name.split(".")[0], tensor.dtype) for name, tensor in model.state_dict().items()}
     heads = {(f"{head}_head", torch.float32) for head in HEADS}
     assert kinds == {("aggregator", torch.bfloat16), *heads}

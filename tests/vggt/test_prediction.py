@@ -12,7 +12,7 @@ import torch
 import trimesh
 from PIL import Image
 
-from peft_attrsub.vggt import VggtConfig, VggtModel
+from peft_attrsub.vggt import VggtConfig, VggtModel, choose_precision
 from peft_attrsub.vggt.image_processing_vggt import VggtImageProcessor
 from peft_attrsub.vggt.prediction import VggtPrediction, predict
 
@@ -202,6 +202,16 @@ def test_autocast_by_dtype(model: VggtModel) -> None:
     assert rounded.points.dtype == rounded.extrinsics.dtype == torch.float32
     torch.testing.assert_close(rounded.depth, exact.depth, rtol=0.05, atol=0.05)
     assert not torch.equal(rounded.depth, exact.depth)
+    for dtype, same in (("bfloat16", rounded), ("bf16", rounded), ("float32", exact), (torch.float32, exact)):
+        assert torch.equal(predict(model, views(2), dtype=dtype).depth, same.depth)
+    # The caller's autocast holds, unless a dtype is given.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(predict(model, views(2)).depth, rounded.depth)
+        assert torch.equal(predict(model, views(2), dtype="fp32").depth, exact.depth)
+    native = choose_precision("cpu", training=False).dtype
+    assert torch.equal(predict(model, views(2), dtype="auto").depth, (rounded if native else exact).depth)
+    with pytest.raises(ValueError, match="dtype is 'int8': expected one of auto"):
+        predict(model, views(2), dtype="int8")
 
 
 def test_a_model_in_bfloat16_gives_float32() -> None:
@@ -255,7 +265,7 @@ def test_wrong_images_are_refused(model: VggtModel, tmp_path: Path) -> None:
 
 def test_to_and_numpy() -> None:
     prediction = by_hand()
-    half = prediction.to(dtype=torch.bfloat16)
+    half = prediction.to(dtype="bfloat16")
     assert half.points.dtype == torch.bfloat16 and half.mask.dtype == torch.bool and half.boxes is None
     arrays = half.numpy()
     assert arrays["points"].dtype == np.float32 and arrays["mask"].dtype == bool and "boxes" not in arrays

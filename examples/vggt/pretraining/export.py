@@ -58,6 +58,7 @@ def log_of(run: Run, found: Mapping[str, Any], scenes: int) -> dict[str, Any]:
         "weights": [{"from_step": step} | weights for step, weights in run.weighed],
         "scenes": {"seed": SEEDS["train"], "count": scenes, "views": 8},
         "steps": run.step,
+        "precision": run.precision.record(),
         "hours": round(run.seconds / 3600, 2),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -101,11 +102,13 @@ def card(run: Run, found: Mapping[str, Any], scenes: int, parameters: int, note:
         "steps": run.step,
         "batch": run.plan.batch,
         "hours": f"{run.seconds / 3600:.1f}",
+        "precision": _PRECISIONS[run.precision.name],
         "note": f"\n{note}\n" if note else "",
     }
     return _CARD.format(**values)
 
 
+_PRECISIONS = {"bf16": "bfloat16 autocast", "fp16": "float16 autocast", "fp32": "float32"}
 _CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -139,7 +142,7 @@ On {held_out} held-out scenes of the same kind, {views} views each ({pairs} pair
 ## How it was made
 
 `examples/vggt/pretrain_mini.py --scenes {scenes} --steps {planned}`: {steps} steps of {batch} scenes with {views}
-views each, {hours} hours on a CPU in bfloat16 autocast. The scenes are those of `peft_attrsub.scenes` (recipe
+views each, {hours} hours on a CPU in {precision}. The scenes are those of `peft_attrsub.scenes` (recipe
 "mixed": everything varies mildly), ray cast. The losses are VGGT's for cameras and depth, and hints that only
 training sees: matches between views, a point map from a linear layer, and the error of depth relative to it
 (`examples/vggt/pretraining/hints.py`). The weights are the running mean. `training_log.json` has plan and curves.

@@ -22,6 +22,7 @@ from peft_attrsub.vggt import VggtConfig, VggtModel
 from peft_attrsub.vggt.batch import normalise_scene
 from peft_attrsub.vggt.cameras import encode_pose
 from peft_attrsub.vggt.losses import CAMERA_WEIGHTS, camera_loss, dense_loss
+from peft_attrsub.vggt.precision import AUTO, Precision, choose_precision, keep_precision, parse_precision
 
 from .batches import training_batch
 from .hints import Hints, relative_error
@@ -86,9 +87,14 @@ WEIGHTS = tuple(field.name for field in fields(Plan) if field.name.endswith("_we
 
 
 class Run:
-    """Model, hints, optimiser and running mean of a run in the folder `out`, continued where it was left."""
+    """Model, hints, optimiser and running mean of a run in the folder `out`, continued where it was left.
 
-    def __init__(self, config: VggtConfig, plan: Plan, shards: Shards | None, out: Path) -> None:
+    precision: as `choose_precision` takes it; a run that is continued keeps its own. told: the line to print about it.
+    """
+
+    def __init__(
+        self, config: VggtConfig, plan: Plan, shards: Shards | None, out: Path, precision: str = AUTO
+    ) -> None:
         self.plan, self.shards, self.out = plan, shards, out
         torch.manual_seed(plan.seed)
         self.model = VggtModel(config)
@@ -103,9 +109,26 @@ class Run:
         self.step, self.seconds = 0, 0.0
         #: Step from which on, and the weights of the loss.
         self.weighed: list[tuple[int, dict[str, float]]] = []
+        self.precision, self.told = self._choose(precision)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=self.precision.scaled)
         self._resume()
         if not self.weighed or self.weighed[-1][1] != self.plan.weights:
             self.weighed.append((self.step, self.plan.weights))
+
+    def _choose(self, requested: str) -> tuple[Precision, str]:
+        path, name = self.out / CHECKPOINT, parse_precision(requested, "--precision")
+        if not path.exists():
+            chosen = choose_precision("cpu", name)
+            return chosen, str(chosen)
+        # Checkpoints of older versions are of bf16 and do not say so.
+        older = {"precision": "bf16", "requested": "unknown", "why": "stored with the run"}
+        kept = Precision.of(torch.load(path, weights_only=True, mmap=True).get("precision", older))
+        if name not in (AUTO, kept.name):
+            raise ValueError(
+                f"{path} is of a run with precision={kept.name!r}, not {name!r}: continue it as it was, or choose "
+                "another folder."
+            )
+        return kept, keep_precision(kept, "cpu")
 
     def _resume(self) -> None:
         path = self.out / CHECKPOINT
@@ -123,6 +146,8 @@ class Run:
         self.hints.load_state_dict(state["hints"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
+        if self.precision.scaled:
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.weighed = [(step, weights) for step, weights in state["weighed"]]
         if self.shards is None:
@@ -138,6 +163,8 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "weighed": self.weighed,
+            "precision": self.precision.record(),
+            "scaler": self.scaler.state_dict(),
         }
         beside = self.out / f".{CHECKPOINT}.{os.getpid()}"
         torch.save(state, beside)
@@ -149,7 +176,7 @@ class Run:
         truth = normalise_scene(batch)
         size = truth["depths"].shape[-2:]
         deep = torch.randperm(plan.views, generator=generator)[: plan.deep]
-        with torch.autocast("cpu", torch.bfloat16):
+        with self.precision.autocast("cpu"):
             tokens = model.aggregator(batch["images"], {*config.dpt_layers, config.depth - 1})
             poses = model.camera_head(tokens[config.depth - 1][:, :, 0].float())
             depth, confidence = model.depth_head([tokens[i][:, deep] for i in config.dpt_layers], tuple(size))
@@ -179,13 +206,15 @@ class Run:
         self.hints.train()
         total, terms = self.losses(batch, torch.Generator().manual_seed(self.step))
         self.optimizer.zero_grad()
-        total.backward()
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, plan.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(self.step)
         if bool(norm.isfinite()):
             self.optimizer.step()
             self.ema.update(self.model)
+        self.scaler.update()
         self.step += 1
         return {"loss": float(total.detach()), "norm": float(norm)} | {k: float(v.detach()) for k, v in terms.items()}
 

@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from peft_attrsub.evaluation.files import write_atomically
 
 TOTAL = "total"
+_GRADIENT = "gradient of "
 
 
 class DivergedError(ValueError):
@@ -79,7 +80,12 @@ def clip_gradients(
 
 def nonfinite_norm(norms: Mapping[str, float]) -> str | None:
     """ "gradient of GROUP" for the first norm that is not finite, or None."""
-    return next((f"gradient of {name}" for name, norm in norms.items() if not math.isfinite(norm)), None)
+    return next((f"{_GRADIENT}{name}" for name, norm in norms.items() if not math.isfinite(norm)), None)
+
+
+def is_of_gradient(term: str | None) -> bool:
+    """Whether what was not finite is the norm of a gradient, and not a term of the loss."""
+    return term is not None and term.startswith(_GRADIENT)
 
 
 def agree(term: str | None, device: torch.device | str = "cpu") -> str | None:
@@ -105,14 +111,15 @@ class NanGuard:
         if not guard.skips(step, term, batch): optimizer.step()
 
     folder: where the batch of the last step goes. limit: so many in a row end the run.
-    skipped: how many in all, in_a_row: up to now, terms: how often each name.
+    skipped: how many in all, in_a_row: up to now, terms: how often each name. overflows: steps that fp16's gradient
+    scaler left out, which are part of its search for a scale and do not count.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int = 10) -> None:
         if limit < 1:
             raise ValueError(f"the limit of steps left out in a row is {limit}: expected 1 or more.")
         self.folder, self.limit = Path(folder), limit
-        self.skipped, self.in_a_row = 0, 0
+        self.skipped, self.in_a_row, self.overflows = 0, 0, 0
         self.terms: Counter[str] = Counter()
 
     def skips(self, step: int, term: str | None, batch: Mapping[str, Any] | None = None) -> bool:
@@ -143,10 +150,12 @@ class NanGuard:
         return self.folder / f"batch-step-{step:08d}-{rank}.safetensors"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "terms": dict(self.terms)}
+        counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "overflows": self.overflows}
+        return counts | {"terms": dict(self.terms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.overflows = state.get("overflows", 0)  # older checkpoints have none
         self.terms = Counter(state["terms"])
 
 
@@ -173,6 +182,7 @@ __all__ = [
     "NanGuard",
     "agree",
     "clip_gradients",
+    "is_of_gradient",
     "learning_rate",
     "load_batch",
     "nonfinite_norm",

@@ -59,12 +59,18 @@ class Log:
         self.bar.update()
         loss = result.terms.get("loss", math.nan)
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s, {memory / 2**30:.1f} GiB")
-        if result.skipped:
+        if result.overflow:
+            self.bar.write(
+                f"step {result.step}: {result.skipped} overflowed in fp16 at a loss scale of {result.loss_scale:g}: "
+                "the step is left out, the scale is halved"
+            )
+        elif result.skipped:
             self.bar.write(f"step {result.step}: {result.skipped} is not finite, the step is left out")
         if result.skipped or result.step % self.every == 0:
             values = {f"loss/{key}": value for key, value in result.terms.items()}
             values |= {f"gradient/{key}": value for key, value in result.norms.items()}
             values |= {"lr": result.lr, "images_per_second": rate, "memory_gib": memory / 2**30}
+            values |= {} if result.loss_scale is None else {"loss_scale": result.loss_scale}
             self.write(result.step, values, {"skipped": result.skipped} if result.skipped else {})
 
     def write(self, step: int, values: Mapping[str, float], words: Mapping[str, Any] | None = None) -> None:

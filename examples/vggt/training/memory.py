@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from peft_attrsub.vggt import VggtConfig
+from peft_attrsub.vggt.precision import AUTO, DTYPES, parse_precision
 
 FLOAT32 = 4
-PRECISIONS = {"bf16": 2, "fp16": 2, "no": 4}
 #: From the fastest to the smallest: each adds blocks that are computed twice.
 CHECKPOINTING: tuple[tuple[str, ...], ...] = ((), ("global",), ("frame", "global"), ("frame", "global", "camera"))
 #: Left for fragments of the allocator and for workspaces of libraries.
@@ -240,9 +240,10 @@ def _patches(side: int, config: VggtConfig) -> int:
 
 
 def _bytes(precision: str) -> int:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}.")
-    return PRECISIONS[precision]
+    name = parse_precision(precision)
+    if name == AUTO:
+        raise ValueError("precision is 'auto': give the one that choose_precision chose for the device.")
+    return DTYPES[name].itemsize
 
 
 def _gib(count: int) -> str:

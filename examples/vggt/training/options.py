@@ -16,6 +16,7 @@ Heads = Literal["cores", "lora", "full", "frozen"]
 METHODS: tuple[str, ...] = ("full", "lora", "pissa", "adalora", "psv", "random", "attrsub")
 #: Methods that train cores between frozen bases.
 CORES = ("psv", "random", "attrsub")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 #: Parts of the model whose blocks can recompute their activations.
 CHECKPOINTED = ("encoder", "frame", "global", "camera")
 
@@ -209,7 +210,11 @@ class TrainSettings:
     clip: float = _set(0.5, "largest norm of the gradient; 0: no limit")
     clip_groups: bool = _set(False, "for aggregator, camera and depth head each, not for all together")
     accumulate: int = _set(1, "micro-batches per step")
-    precision: Literal["bf16", "fp32"] = _set("bf16", "of the aggregator; the heads are always float32")
+    precision: str = _set(
+        "auto",
+        "auto, bf16, fp16 or fp32, of the aggregator; the heads are always float32. auto: what the device computes "
+        "natively; a run that is continued keeps what it began with",
+    )
     seed: int = _set(42, "of everything that is drawn")
     camera_weight: float = _set(5.0, "of the cameras in the loss")
     depth_weight: float = _set(1.0, "of the depth in the loss")
@@ -246,7 +251,11 @@ class TrainSettings:
             raise ValueError(f"--quantile {self.quantile} is outside (0, 1].")
         if not self.camera_weight and not self.depth_weight:
             raise ValueError("--camera-weight and --depth-weight are both 0: there is nothing to learn.")
-        _one_of("precision", self.precision, ("bf16", "fp32"))
+        if self.precision not in PRECISIONS:
+            # Other spellings, such as bfloat16, are rare, and this import takes seconds.
+            from peft_attrsub.vggt.precision import parse_precision
+
+            self.precision = parse_precision(self.precision, "--precision")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

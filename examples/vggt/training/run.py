@@ -1,6 +1,7 @@
 """One run, from settings to a saved adapter: everything around the loop.
 
 OUT/settings.yaml     what the run was made with; it is continued with the same, or refused
+OUT/precision.json    which precision was chosen for the device, and why
 OUT/checkpoints/      step-00000500/ ..., the last ones and the best
 OUT/log.jsonl         numbers of every logged step; OUT/panels/ pictures of a held-out sequence
 OUT/adapter/          what PEFT loads (OUT/model/ with method full), OUT/best/ the same at the best evaluation
@@ -16,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from peft_attrsub.datasets import MultiViewDataset
 from peft_attrsub.evaluation.files import write_atomically
-from peft_attrsub.vggt import VggtLoss, VggtModel
+from peft_attrsub.vggt import Precision, VggtLoss, VggtModel
 
 from . import checkpoints
 from .augment import Augmentation
@@ -39,37 +39,16 @@ from .loop import Loop
 from .memory import describe, free_memory, peak_memory, plan_memory
 from .methods import Built, build, recompute, save
 from .options import DataSettings, ModelSettings, TrainSettings
+from .precision import accelerate_precision, resolve, settle
 from .settings import to_yaml
 from .sources import open_data
+from .stopper import Stopper
 
 SETTINGS, SUMMARY, MEMORY = "settings.yaml", "summary.json", "memory.json"
 #: Fields of DataSettings that the plan of a step is made from.
 PLAN = ("views_min", "views_max", "images_per_step", "image_size", "aspect_min", "aspect_max")
 #: What may differ when a run is continued: it changes no number of it.
 FREE = ("data", "eval_data", "workers", "out", "log_every", "tracker", "keep", "auto_memory", "check")
-
-
-class Stopper:
-    """SIGTERM, SIGINT and SIGUSR2 ask for a stop after the step in work; a second Ctrl-C is not waited for. Other
-    signals may come twice, from a launcher and from its group, and are one wish."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stopper:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.asked = self.asked or number
 
 
 def load_vggt(settings: ModelSettings) -> VggtModel:
@@ -99,11 +78,14 @@ def run(
     accelerator = accelerator or Accelerator(
         # Without a device accelerate has to be told, or it would not see the other processes of torchrun.
         cpu=not torch.accelerator.is_available(),
+        mixed_precision=accelerate_precision(),
         log_with=tracker,
         project_dir=str(out),
     )
-    if (out / SETTINGS).exists():
-        _same_settings(out, model, data, train)
+    stored = _stored_settings(out)
+    train = resolve(train, stored)
+    if stored:
+        _same_settings(out, stored, model, data, train)
     if (done := _finished(out)) is not None:
         return done
     # The config alone: data that does not fit is refused before gigabytes of weights are read.
@@ -114,12 +96,14 @@ def run(
     built = build(vggt or load_vggt(model), model, steps=train.steps, seed=train.seed)
     try:
         # Only now: settings that cannot work leave no folder that refuses others.
+        precision, told = settle(train, out, accelerator, continued=bool(stored))
+        train = replace(train, precision=precision.name)
         _keep_settings(out, to_yaml(model, data, train), accelerator)
         with Stopper() as stopper:
             if train.auto_memory:
                 train = _fit_memory(built, data, train, out, accelerator)
-            work = _Work(accelerator, built, dataset, learn, held, data, train, out, tags, out.name)
-            return work.go(stopper)
+            work = _Work(accelerator, built, dataset, learn, held, data, train, precision, out, tags, out.name)
+            return work.go(stopper, told)
     finally:
         if vggt is not None and vggt is not built.model:
             built.model.unload()  # type: ignore[operator]  # PEFT's, of an adapter
@@ -138,9 +122,15 @@ def _values(*settings: Any) -> dict[str, Any]:
     return {key: value for key, value in json.loads(json.dumps(values)).items() if key not in FREE}
 
 
-def _same_settings(out: Path, *settings: Any) -> None:
+def _stored_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in a folder; {} where there is none yet."""
+    path = out / SETTINGS
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _same_settings(out: Path, before: Mapping[str, Any], *settings: Any) -> None:
     """ValueError, naming the first difference, where the folder holds a run of other settings."""
-    before, now = yaml.safe_load((out / SETTINGS).read_text(encoding="utf-8")), _values(*settings)
+    now = _values(*settings)
     for key in now:
         if before.get(key) != now[key]:
             raise ValueError(
@@ -173,7 +163,7 @@ def _fit_memory(
                 images_per_step=data.images_per_step,
                 free_bytes=free_memory(accelerator.device),
                 processes=accelerator.num_processes,
-                precision="bf16" if train.precision == "bf16" else "no",
+                precision=train.precision,
                 ema=train.ema > 0,
             )
             record = {"accumulate": plan.accumulate, "checkpoint_blocks": plan.checkpoint_blocks, "why": plan.why}
@@ -196,12 +186,15 @@ class _Work:
         held: HeldOut | None,
         data: DataSettings,
         train: TrainSettings,
+        precision: Precision,
         out: Path,
         tags: Mapping[str, Any] | None,
         name: str,
     ) -> None:
         self.accelerator, self.built, self.held, self.train, self.out = accelerator, built, held, train, out
         self.tags, self.name, self.workers = dict(tags or {}), name, data.workers
+        self.precision = precision
+        self.scaler = torch.amp.GradScaler(accelerator.device.type) if precision.scaled else None
         plan = plan_for(
             dataset,
             learn,
@@ -232,13 +225,15 @@ class _Work:
         self.best: float | None = None
         self.seconds, self.images = 0.0, 0
 
-    def go(self, stopper: Stopper) -> dict[str, Any]:
-        """Every step that is left, or those up to a signal."""
+    def go(self, stopper: Stopper, told: str) -> dict[str, Any]:
+        """Every step that is left, or those up to a signal. told: the line about the precision."""
         train = self.train
         first = self.resume()
         log = Log(self.accelerator, self.out, train.steps, first, train.log_every, train.tracker, self.name)
         if first == 0:
             log.say(self.built.table)
+        if told:
+            log.say(told)
         loop = self.loop()
         try:
             for number, micro in read_steps(self.batches, first, train.steps, self.workers):
@@ -285,7 +280,8 @@ class _Work:
             rate,
             clip=train.clip,
             clip_groups=train.clip_groups,
-            dtype=torch.bfloat16 if train.precision == "bf16" else None,
+            dtype=self.precision.dtype,
+            scaler=self.scaler,
             seed=train.seed,
             extra_loss=self.built.penalty,
             after=after,
@@ -350,6 +346,8 @@ class _Work:
             }
             if self.ema is not None:
                 state["ema"] = self.ema.state_dict()
+            if self.scaler is not None:
+                state["scaler"] = self.scaler.state_dict()
             checkpoints.save(self.folder, taken, state, keep=self.train.keep, metric=metric)
         self.accelerator.wait_for_everyone()
 
@@ -369,6 +367,8 @@ class _Work:
         self.best, self.seconds, self.images = (state["counts"][key] for key in ("best", "seconds", "images"))
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         return last.step
 
     def finish(self) -> dict[str, Any]:
@@ -380,11 +380,13 @@ class _Work:
             "best_eval_loss": self.best,
             "skipped_steps": self.guard.skipped,
             "skipped_terms": dict(self.guard.terms),
+            "overflows": self.guard.overflows,
             "images": self.images,
             "seconds": round(self.seconds, 1),
             "images_per_second": round(self.images / max(self.seconds, 1e-9), 2),
             "peak_memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 3),
             "processes": self.accelerator.num_processes,
+            "precision": self.precision.record(),
             "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
             "tags": self.tags,
         }

@@ -59,7 +59,7 @@ _PAPER: dict[str, Any] = _RECIPE | {
     "accumulate": 1,
     "views_min": 4,
     "views_max": 16,
-    "precision": "bf16",
+    "precision": "auto",  # bf16 as published on GPUs from CUDA capability 8.0 on
 }
 _RELEASE: dict[str, Any] = _PAPER | {
     "alpha": None,  # twice the rank
@@ -80,7 +80,7 @@ _SMOKE: dict[str, Any] = _PAPER | {
     "views_max": 4,
     "image_size": 112,
     "aspect_min": 0.75,
-    "precision": "fp32",
+    "precision": "auto",
     "gradient_checkpointing": ["none"],
     "workers": 0,
     "eval_limit": 2,
