@@ -8,6 +8,7 @@ from typing import Any
 
 from .analysis import adapter_table
 from .basis import Basis
+from .basis.identity import BaseIdentity
 from .basis.naming import natural_key, some
 
 __all__ = ["built", "described", "natural_key", "plan", "projected", "pushed", "reported", "summary"]
@@ -38,6 +39,7 @@ def summary(basis: Basis) -> dict[str, Any]:
         "source": basis.source,
         "revision": basis.revision,
         "base_model": basis.config.base_model,
+        "base": None if basis.config.base is None else basis.config.base.to_dict(),
         "digest": basis.digest,
         "dtype": basis.config.dtype,
         "modules": len(basis.modules),
@@ -94,6 +96,7 @@ def described(record: dict[str, Any]) -> str:
     head = [
         f"basis       {record['source']}" + (f" at {record['revision']}" if record["revision"] else ""),
         f"base model  {record['base_model'] or 'not recorded'}",
+        *([f"its weights {BaseIdentity.of(record['base'])}"] if record["base"] else []),
         f"modules     {record['modules']}: {some(record['module_names'], 2)}",
         f"stored as   {record['dtype']}",
         f"digest      {record['digest']}",

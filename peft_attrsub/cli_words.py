@@ -48,9 +48,11 @@ def _adapters_in(folder: str) -> list[str]:
 
 
 def _stem(argument: str) -> str:
-    """'texture' from 'adapters/texture-0', 'user/texture_3', 'texture-1.safetensors'."""
+    """'texture' from 'adapters/texture-0', 'runs/texture-0/adapter', 'user/texture_3', 'texture-1.safetensors'."""
+    from .evaluation.labels import run_label
+
     path = Path(argument)
-    name = path.parent.name if path.name == "adapter_model.safetensors" else path.name
+    name = run_label(path.parent if path.name == "adapter_model.safetensors" else path)
     name = name.removesuffix(".safetensors").partition("@")[0]
     return re.sub(r"[-_. ]?\d+$", "", name) or name
 

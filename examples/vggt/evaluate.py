@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from training.launcher import Job, add_options, options_of, script_command, without_options
 from training.launcher import launch as run_jobs
+from training.options import number_or_none
 
 BENCHMARKS = ("face", "face-real", "human", "clearpose", "scenes")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
@@ -49,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--model", default="facebook/VGGT-1B", help="folder or Hub id (default: facebook/VGGT-1B)")
     model.add_argument("--adapter", help="folder or Hub id of a PEFT adapter; without one, the model as it is")
     model.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
-    model.add_argument("--random-weights", type=int, metavar="SEED", help="untrained; --model is then a preset")
+    model.add_argument(
+        "--random-weights",
+        type=number_or_none(int),
+        metavar="SEED",
+        help="untrained; --model is then a preset: vggt-1b, vggt-mini (default: none)",
+    )
     model.add_argument("--image-size", type=int, help="width in pixels that VGGT sees (default: its own, 518)")
     model.add_argument(
         "--precision",
@@ -72,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0)
     where = out.add_argument_group("what is written")
     where.add_argument("--out", type=Path, metavar="DIR")
-    where.add_argument("--label", help="name of the run in tables (default: the adapter's or the model's)")
+    where.add_argument("--label", help="name of the run in tables (default: the adapter's run, or the model)")
     where.add_argument("--trainable-parameters", type=int, help="for a model that was tuned in full or merged")
     where.add_argument("--pictures", type=int, default=3, metavar="N", help="of the first N sequences (default: 3)")
     where.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="join runs into a table, and no more")
@@ -108,6 +115,7 @@ def check(args: argparse.Namespace) -> None:
 
 def join(runs: Sequence[Path]) -> str:
     """One Markdown table of finished runs of one benchmark."""
+    from peft_attrsub.evaluation.labels import summary_labels
     from peft_attrsub.evaluation.markdown import markdown_table
     from peft_attrsub.evaluation.tables import read_summary
 
@@ -115,7 +123,9 @@ def join(runs: Sequence[Path]) -> str:
     names = {summary["settings"].get("benchmark") for summary in summaries}
     if len(names) > 1:
         raise ValueError(f"the runs are of several benchmarks ({', '.join(sorted(map(str, names)))}): one table each.")
-    return markdown_table(summaries, columns(summaries))
+    labels = summary_labels(summaries, runs)
+    named = [summary | {"label": label} for summary, label in zip(summaries, labels, strict=True)]
+    return markdown_table(named, columns(named))
 
 
 def columns(summaries: Sequence[dict[str, Any]]) -> list[Any]:
@@ -179,7 +189,7 @@ def evaluate(args: argparse.Namespace) -> int:
         args.model, args.adapter, merge=args.merge, random_weights=args.random_weights, device=device
     )
     with state.main_process_first():
-        done = start_run(args.out, settings(args, how, loaded.digest, rules.metrics))
+        done = start_run(args.out, settings(args, how, loaded, rules.metrics))
         if not (args.out / PRECISION).exists():
             write_atomically(args.out / PRECISION, (json.dumps(precision.record(), indent=1) + "\n").encode())
     if told and state.is_main_process:
@@ -213,10 +223,10 @@ def choose(args: argparse.Namespace, device: Any) -> tuple[Any, str]:
     return kept, keep_precision(kept, device)
 
 
-def settings(args: argparse.Namespace, how: Any, digest: str, metrics: str) -> dict[str, Any]:
+def settings(args: argparse.Namespace, how: Any, loaded: Any, metrics: str) -> dict[str, Any]:
     """What a run may only be continued with: all that decides its numbers."""
-    chosen = asdict(how) | {"benchmark": args.benchmark, "model": args.model, "adapter_digest": digest}
-    chosen |= {"random_weights": args.random_weights, "merge": args.merge}
+    chosen = asdict(how) | {"benchmark": args.benchmark, "model": args.model, "adapter_digest": loaded.digest}
+    chosen |= {"random_weights": args.random_weights, "base_digest": loaded.base.digest, "merge": args.merge}
     chosen["split"] = args.split
     chosen["sequences"] = None if args.sequences is None else args.sequences.name
     if metrics == "depth":
@@ -264,18 +274,21 @@ def close(
     args: argparse.Namespace, names: Sequence[str], loaded: Any, rules: Any, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """CSV and summary of what is there; whichever process comes last writes the whole."""
+    from peft_attrsub.evaluation.labels import run_label
     from peft_attrsub.evaluation.tables import finish_run, read_rows
 
     # As in the release, real faces are weighted by their pixels.
     weights = {"abs_rel": "depth_pixels", "delta": "depth_pixels"} if rules.metrics == "depth" else None
+    what = args.adapter or args.model
     trained = loaded.trainable if args.trainable_parameters is None else args.trainable_parameters
     facts = {
-        "label": args.label or Path(args.adapter or args.model).name,
+        "label": args.label or run_label(os.path.abspath(what) if os.path.isdir(what) else what),
         "trainable_parameters": trained,
         "unit": rules.unit,
         "frames": rules.frames,
         "data": args.data.name,
         "adapter": args.adapter,
+        "base": loaded.base.to_dict(),
         "provenance": provenance,
         "precision": json.loads((args.out / PRECISION).read_text(encoding="utf-8")),
     }

@@ -7,9 +7,10 @@
 
 Every folder below --datasets that holds a dataset of generate_scenes.py gives the adapter OUT/<its name>, such as
 adapters/texture_00. Its adapter_config.json says what it was trained on (auto_mapping.training: attribute, digest and
-seed of the dataset, seed and steps of the training). The frozen base is loaded once per process. All settings of
-finetune.py hold, but for --method, --data and --out of a single run. Runs with their checkpoints and logs are in
-OUT/.runs. Whatever stops a job, the same command continues it; what is done is not done again.
+seed of the dataset, seed and steps of the training, name and sha256 of the base). The frozen base is loaded once per
+process. All settings of finetune.py hold, but for --method, --data and --out of a single run. Runs with their
+checkpoints and logs are in OUT/.runs. Whatever stops a job, the same command continues it; what is done is not done
+again.
 
 Exit status: 0 all adapters are there; 1 some are not (the table says why); 2 wrong arguments or data; 128 + n stopped
 by signal n.
@@ -73,6 +74,24 @@ def tags_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def is_done(out: Path, name: str) -> bool:
+    return (out / name / CONFIG).exists()
+
+
+def check_done(out: Path, names: Sequence[str], random_weights: int | None) -> None:
+    """ValueError where an adapter that is there was trained on untrained weights and now others are asked for, or the
+    other way round: all of them are to be mined together. Told by the seed alone, so that no base is loaded for it."""
+    from peft_attrsub.basis.identity import adapter_base
+
+    for name in names:
+        if not is_done(out, name):
+            continue
+        base = adapter_base(json.loads((out / name / CONFIG).read_text(encoding="utf-8")))
+        if base is not None and base.seed != random_weights:
+            asked = "trained weights" if random_weights is None else f"untrained weights, seed {random_weights}"
+            raise ValueError(f"{out / name} was made on {base}, and this call asks for {asked}: give another --out.")
+
+
 def publish(adapter: Path, final: Path) -> None:
     """Copy a finished adapter to its place in one step."""
     beside = final.with_name(f".{final.name}.partial")
@@ -83,19 +102,24 @@ def publish(adapter: Path, final: Path) -> None:
 
 def train_all(chosen: dict[str, Path], out: Path, settings: tuple[Any, Any, Any]) -> int:
     """Train the adapters that are not there yet, one after the other on one base; 128 + n where signal n came."""
+    from _model import identify
     from training.run import load_vggt, run
 
     model, data, train = settings
-    vggt = None
+    vggt = base = None
     for name, folder in chosen.items():
-        if (out / name / CONFIG).exists():
+        if is_done(out, name):
             print(f"{name}: done already", flush=True)
             continue
         tags = tags_of(folder)
         # Heads that are trained in full cannot be taken off a base again.
-        vggt = load_vggt(model) if vggt is None or model.heads == "full" else vggt
+        if vggt is None or model.heads == "full":
+            vggt = load_vggt(model)
+            base = identify(vggt, model.model, model.random_weights)
         place = out / RUNS / name
-        done = run(model, replace(data, data=str(folder)), replace(train, out=str(place)), vggt=vggt, tags=tags)
+        done = run(
+            model, replace(data, data=str(folder)), replace(train, out=str(place)), vggt=vggt, base=base, tags=tags
+        )
         if "stopped" in done:
             return 128 + int(done["stopped"])
         publish(place / "adapter", out / name)
@@ -107,7 +131,7 @@ def launch(chosen: dict[str, Path], out: Path, per_job: int, options: Any, argum
     """A job for every `per_job` datasets: this script with --only."""
     from training.launcher import Job, launch, script_command, without_options
 
-    names, jobs = [name for name in chosen if not (out / name / CONFIG).exists()], []
+    names, jobs = [name for name in chosen if not is_done(out, name)], []
     if len(names) < len(chosen):
         print(f"{len(chosen) - len(names)} of {len(chosen)} adapters are there already", flush=True)
     if not names:
@@ -140,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = {name: path for name, path in found.items() if cluster.only is None or name in cluster.only}
         for path in chosen.values():
             tags_of(path)  # refuses what is not finished before the first hour is spent
+        check_done(out, list(chosen), model.random_weights)
         if options.launcher is not None:
             return launch(chosen, out, cluster.per_job, options, arguments)
         return train_all(chosen, out, (model, data, train))

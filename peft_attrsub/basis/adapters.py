@@ -22,8 +22,9 @@ from torch import Tensor
 from .errors import BasisError
 from .files import file_sha256
 from .hub import fetch
+from .identity import BaseIdentity, adapter_base
 from .layout import ModuleLayout
-from .naming import natural_key, some, strip_peft_prefix
+from .naming import OUTPUTS, natural_key, some, strip_peft_prefix
 from .tensor_file import TensorFile
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -99,9 +100,18 @@ class LoraAdapter:
         return self.config.get("base_model_name_or_path") or None
 
     @property
+    def base(self) -> BaseIdentity | None:
+        """The weights it was trained on, where its config records them."""
+        return adapter_base(self.config)
+
+    @property
     def public_name(self) -> str:
-        """The source as it may be published: an absolute path tells only its last part."""
-        return Path(self.source).name if os.path.isabs(self.source) else self.source
+        """The source as it may be published: an absolute path tells only its last part, and that of the run's folder
+        where the last part is one that every run has."""
+        if not os.path.isabs(self.source):
+            return self.source
+        path = Path(self.source)
+        return f"{path.parent.name}/{path.name}" if path.name in OUTPUTS and path.parent.name else path.name
 
     @property
     def modules(self) -> list[str]:

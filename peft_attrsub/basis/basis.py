@@ -40,7 +40,7 @@ from .storage import (
     chunk_hashes,
     tensor_hash,
 )
-from .views import Dim, check_dims, check_same_model, of_view
+from .views import Dim, base_of_all, check_dims, check_same_model, of_view
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -201,7 +201,7 @@ class Basis:
                 blocks[record.name] = basis._blocks[record.name]
                 records.append(record)
         flat = [basis.pinned_source for basis in bases if isinstance(basis.pinned_source, str)]
-        config = replace(first.config, attributes=records, digest=None, command=None)
+        config = replace(first.config, attributes=records, base=base_of_all(bases), digest=None, command=None)
         return Basis(config, blocks, source=flat if len(flat) == len(bases) else None)
 
     @classmethod

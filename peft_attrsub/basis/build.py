@@ -23,7 +23,7 @@ from .irls import Dimension, IrlsSettings, SharedSubspace, first_spectrum, mine_
 from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
-from .sources import common_base_model, common_modules
+from .sources import common_base, common_base_model, common_modules
 from .storage import check_dtype
 from .weights import weight_spectrum
 
@@ -74,6 +74,8 @@ def build_basis(
             adapters share.
         progress: show a bar, where standard error is a terminal.
 
+    Adapters that record their base weights (see `identity`) must agree on them, and the basis records them too.
+
     Under `accelerate launch` the modules are split over the processes, and every process returns the whole.
 
     Raises:
@@ -83,6 +85,7 @@ def build_basis(
     rule, share = parse_rule(allocation)
     opened = _open(adapters)
     flat = [adapter for row in opened.values() for adapter in row]
+    base = common_base(flat)
     name = common_base_model(flat, base_model if isinstance(base_model, str) else None)
     if isinstance(base_model, nn.Module):
         name = name or getattr(base_model, "name_or_path", None) or None
@@ -131,7 +134,9 @@ def build_basis(
                 iterations={m: x.iterations for m, x in found.items()},
             )
         )
-    return Basis.from_factors(factors, name, layouts, records, extras, dtype)
+    basis = Basis.from_factors(factors, name, layouts, records, extras, dtype)
+    basis.config.base = base
+    return basis
 
 
 @dataclass

@@ -101,8 +101,8 @@ def _attribute_row(basis: Basis, attribute: str) -> str:
 
 
 def _origin(basis: Basis) -> str:
-    """The command that made the basis, and its source adapters."""
-    lines = []
+    """The base weights, the command that made the basis, and its source adapters."""
+    lines = ["", f"The source adapters were trained on {_plain(str(basis.config.base))}."] if basis.config.base else []
     if basis.config.command:
         lines += ["", "## Made by", "", "```bash", basis.config.command.replace("```", ""), "```"]
     sources = [(record.name, source) for record in basis.config.attributes for source in record.sources]
@@ -116,4 +116,4 @@ def _origin(basis: Basis) -> str:
 
 def _plain(text: str) -> str:
     """A name as text in Markdown: it may come from a stranger's file."""
-    return re.sub(r"[^\w./@:+ -]", "_", text)
+    return re.sub(r"[^\w./@:+, ()-]", "_", text)

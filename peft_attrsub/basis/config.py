@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BasisError
+from .identity import BaseIdentity
 from .layout import ModuleLayout
 from .naming import check_attribute
 
@@ -52,12 +53,16 @@ class AttributeRecord:
 
 @dataclass
 class BasisConfig:
-    """Format version, base model, attributes in order, layout of every module, and the digest."""
+    """Format version, base model, attributes in order, layout of every module, and the digest.
+
+    base: the weights that the adapters were trained on, where they record them; absent from the JSON where unknown.
+    """
 
     attributes: list[AttributeRecord] = field(default_factory=list)
     modules: dict[str, ModuleLayout] = field(default_factory=dict)
     base_model: str | None = None
     base_model_revision: str | None = None
+    base: BaseIdentity | None = None
     dtype: str = "float32"
     digest: str | None = None
     library_version: str | None = None
@@ -65,7 +70,9 @@ class BasisConfig:
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        record = {k: v for k, v in self.__dict__.items() if k not in ("attributes", "modules")}
+        record = {k: v for k, v in self.__dict__.items() if k not in ("attributes", "modules", "base")}
+        if self.base is not None:
+            record["base"] = self.base.to_dict()
         record["attributes"] = [
             {k: v for k, v in asdict(a).items() if v not in (None, {}, [])} for a in self.attributes
         ]
@@ -91,6 +98,9 @@ class BasisConfig:
             modules = {str(name): ModuleLayout.from_dict(layout) for name, layout in record["modules"].items()}
             plain = ("base_model", "base_model_revision", "dtype", "digest", "library_version", "command")
             config = cls(attributes, modules, **{k: record[k] for k in plain if k in record}, format=version)
+            config.base = BaseIdentity.of(record.get("base"))
+            if config.base is None and record.get("base") is not None:
+                raise ValueError(f"base = {record['base']!r} is no record of base weights")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if isinstance(error, BasisError):
                 raise

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .adapters import LoraAdapter
 from .errors import BasisError
+from .identity import BaseIdentity, shared_base
 from .layout import ModuleLayout
 from .naming import natural_key, nearest, some
 
@@ -14,10 +15,20 @@ if TYPE_CHECKING:
     from .basis import Basis
 
 
+def common_base(adapters: Sequence[LoraAdapter]) -> BaseIdentity | None:
+    """The weights that all adapters with a record were trained on; BasisError names two that differ."""
+    parts = [(f"adapter {a.source!r}", a.base) for a in adapters]
+    return shared_base(parts, "leave one out, or build one basis per base")
+
+
 def common_base_model(adapters: Sequence[LoraAdapter], expected: str | None) -> str | None:
-    """The base model all adapters name; `expected` (the caller's word) must not contradict it."""
+    """The base model all adapters name; `expected` (the caller's word) must not contradict it.
+
+    Adapters that all record their base weights are compared by these (`common_base`): one may name a folder, another
+    the Hub id of the same weights.
+    """
     named = {a.base_model: a.source for a in adapters if a.base_model}
-    if len(named) > 1:
+    if len(named) > 1 and not all(a.base for a in adapters):
         listing = ", ".join(f"{model!r} ({source})" for model, source in named.items())
         raise BasisError(f"the adapters belong to different base models: {listing}; build one basis per model.")
     found = next(iter(named), None)
@@ -75,6 +86,10 @@ def check_fits(lora: LoraAdapter, basis: Basis, missing: str) -> None:
     """Refuse a LoRA whose modules the basis lacks (unless missing="skip"), or has in other shapes."""
     if missing not in ("error", "skip"):
         raise BasisError(f"missing={missing!r} is unknown: use 'error' or 'skip'.")
+    shared_base(
+        [("the basis", basis.config.base), (f"adapter {lora.source!r}", lora.base)],
+        "take a basis of the adapter's own base",
+    )
     covered = set(basis.modules)
     absent = [m for m in lora.modules if m not in covered]
     if absent and missing == "error":

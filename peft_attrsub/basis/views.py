@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .blocks import Block, kept_hashes, kept_record_hashes
 from .config import AttributeRecord
 from .errors import BasisError
+from .identity import BaseIdentity, shared_base
 from .naming import natural_key, some
 
 if TYPE_CHECKING:
@@ -42,5 +43,14 @@ def check_same_model(first: Basis, other: Basis) -> None:
         raise BasisError(
             f"the bases cover different modules or shapes, e.g. {some(names)}: select() common modules first."
         )
-    if a.base_model and b.base_model and a.base_model != b.base_model:
+    base_of_all([first, other])
+    recorded = a.base is not None and b.base is not None
+    if a.base_model and b.base_model and a.base_model != b.base_model and not recorded:
         raise BasisError(f"the bases belong to different base models, {a.base_model!r} and {b.base_model!r}.")
+
+
+def base_of_all(bases: Sequence[Basis]) -> BaseIdentity | None:
+    """The base weights that all bases with a record were mined for; BasisError names two that differ."""
+    named = [f"basis {b.source!r}" if b.source else f"the basis of {', '.join(b.attributes)}" for b in bases]
+    parts = zip(named, (b.config.base for b in bases), strict=True)
+    return shared_base(parts, "combine bases that were mined for the same weights")

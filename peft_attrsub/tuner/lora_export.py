@@ -27,6 +27,7 @@ from .factors import Bases, assemble, slices_of, to_lora
 from .layer import AttrSubspaceLayer
 from .provider import BasisProvider
 from .targets import exact_targets
+from .vocabulary import embedding_layers
 
 
 @dataclass
@@ -92,7 +93,8 @@ def _from_model(
             a, core, b = (x.detach().cpu() if x is not None else None for x in layer.factors(adapter_name))
             assert a is not None and b is not None
             modules[name] = _export(name, a, core, b, layer.scaling[adapter_name], layer.layout, rank)
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    layers = embedding_layers(_base(model))
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=layers)
     return config, modules, {k: v.detach().cpu().clone() for k, v in state.items() if ".attrsub_" not in k}
 
 

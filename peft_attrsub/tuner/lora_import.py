@@ -94,5 +94,6 @@ def _config(lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: lis
         module_layouts=layouts or None,
         base_model_name_or_path=lora.base_model,
         task_type=lora.config.get("task_type"),
+        auto_mapping=lora.config.get("auto_mapping"),
         inference_mode=True,
     )

@@ -122,9 +122,9 @@ class VggtConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, name: str, **changes: Any) -> VggtConfig:
         """ "vggt-1b" (facebook/VGGT-1B) or "vggt-mini" (about 5 M parameters), with changes by keyword."""
-        if name not in _PRESETS:
-            raise ValueError(f"there is no preset {name!r}: choose from {', '.join(_PRESETS)}.")
-        return cls(**(_PRESETS[name] | changes))
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}.")
+        return cls(**(PRESETS[name] | changes))
 
 
 def _read_layers(depth: int) -> list[int]:
@@ -132,7 +132,8 @@ def _read_layers(depth: int) -> list[int]:
     return [max(0, round(depth * share) - 1) for share in (5 / 24, 12 / 24, 18 / 24, 1)]
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
+#: Name of a set of sizes -> what differs from the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
     "vggt-1b": {},
     # Made to be trained from scratch: LayerScale and tokens start large enough to be heard at once.
     "vggt-mini": {

@@ -54,10 +54,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(scenes: Path, base: Path, out: Path, *more: str) -> list[str]:
-    # --random-weights of the smoke preset is taken back by the file of settings.
     settings = out.parent / "settings.yaml"
     if not settings.exists():
-        settings.write_text(f"model: {base}\nrandom_weights: null\n")
+        settings.write_text(f"model: {base}\n")
     return [*FIXED, "--config", str(settings), "--data", str(scenes / "texture_00"), "--out", str(out), *more]
 
 
@@ -66,6 +65,11 @@ CORES = ("--method", "random", "--dim", "4")
 
 def weights(out: Path, name: str = "adapter") -> dict[str, torch.Tensor]:
     return load_file(out / name / "adapter_model.safetensors")
+
+
+def digest_of(base: Path) -> str:
+    """sha256 of the weights in a folder of the fixture `base`."""
+    return importlib.import_module("_model").state_digest(VggtModel.from_pretrained(base).state_dict())
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -275,7 +279,7 @@ def test_a_cluster_of_adapters_is_tagged_and_made_once(
     load = module.load_vggt
     monkeypatch.setattr(module, "load_vggt", lambda settings: (loads.append(1), load(settings))[1])
     settings = tmp_path / "settings.yaml"
-    settings.write_text(f"model: {base}\nrandom_weights: null\n")
+    settings.write_text(f"model: {base}\n")
     out = tmp_path / "adapters"
     command = [*FIXED, "--config", str(settings), "--datasets", str(scenes), "--out", str(out), "--rank", "2"]
     assert cluster.main([*command, "--only", "texture_01"]) == 0
@@ -293,6 +297,7 @@ def test_a_cluster_of_adapters_is_tagged_and_made_once(
             "dataset_seed": seed,
             "seed": 42,
             "steps": 6,
+            "base": {"name": "tiny", "digest": digest_of(base)},
         }
     # Two adapters on one base in one process are those of two processes.
     alone = tmp_path / "alone"

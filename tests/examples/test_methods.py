@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -185,6 +186,23 @@ def test_what_is_saved_loads_on_the_untouched_model(
         tags = json.loads((folder / "adapter_config.json").read_text())["auto_mapping"]["training"]
     assert tags == {"attribute": "texture", "steps": STEPS}
     assert close(predict(loaded), expected, 1e-4 if method in ("pissa", "adalora") else 1e-6)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_saving_asks_the_hub_for_nothing(
+    methods: ModuleType, basis: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(name: str, file: str) -> None:
+        raise AssertionError(f"the Hub was asked for {file} of {name}")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", ask)
+    model = fresh()
+    model.name_or_path = model.config.name_or_path = "nobody/vggt"
+    b = built(methods, method, None, basis, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = methods.save(b, tmp_path / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "nobody/vggt"
 
 
 @pytest.mark.parametrize("method", METHODS)

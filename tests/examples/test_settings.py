@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vggt"
 GIVEN = ["--data", "scenes", "--out", "run", "--method", "lora"]
@@ -124,6 +126,56 @@ def test_the_command_line_goes_over_the_file_and_that_over_the_preset(settings: 
     assert settings.parse([*GIVEN[:4], "--config", file, "--preset", "paper"])[1].views_min == 4
 
 
+def test_a_model_that_is_given_takes_nothing_of_another_one(settings: ModuleType, tmp_path: Path) -> None:
+    def weights(*words: str) -> tuple[str, int | None]:
+        model = settings.parse([*GIVEN, *words])[0]
+        return model.model, model.random_weights
+
+    smoke = ["--preset", "smoke"]
+    assert weights(*smoke) == ("vggt-mini", 0)
+    assert weights(*smoke, "--model", "vggt-mini") == ("vggt-mini", None)
+    assert weights(*smoke, "--model", "vggt-1b", "--random-weights", "3") == ("vggt-1b", 3)
+    assert weights(*smoke, "--random-weights", "none") == ("vggt-mini", None)
+    file = ["--config", written(tmp_path, "preset: smoke\nmodel: vggt-mini\n")]
+    assert weights(*file) == ("vggt-mini", None)
+    assert weights(*file, "--random-weights", "4") == ("vggt-mini", 4)
+    # The file's seed is of the file's model, unless it names none.
+    file = ["--config", written(tmp_path, "model: vggt-1b\nrandom_weights: 3\n")]
+    assert weights(*smoke, *file) == ("vggt-1b", 3)
+    assert weights(*smoke, *file, "--model", "vggt-mini") == ("vggt-mini", None)
+    file = ["--config", written(tmp_path, "random_weights: 3\n")]
+    assert weights(*smoke, *file, "--model", "vggt-1b") == ("vggt-1b", 3)
+    assert weights(*smoke, "--config", written(tmp_path, "random-weights: none\n")) == ("vggt-mini", None)
+
+
+LAYERS = st.lists(
+    st.dictionaries(st.sampled_from(["model", "random_weights", "steps"]), st.integers(0, 9)), max_size=4
+)
+
+
+@given(LAYERS)
+def test_layers_field_by_field(settings: ModuleType, layers: list[dict[str, int]]) -> None:
+    """Against the rule in words: the last layer that says it, unless a later one names the model it was said of."""
+    expected = {}
+    for number, layer in enumerate(layers):
+        for key, value in layer.items():
+            bound = key == "random_weights" and "model" in layer
+            if not (bound and any("model" in later for later in layers[number + 1 :])):
+                expected[key] = value
+    before = [dict(layer) for layer in layers]
+    assert settings.layered(*layers) == expected and layers == before
+
+
+def test_none_is_a_value_of_every_number_that_may_be_none(settings: ModuleType) -> None:
+    kinds = (settings.ModelSettings, settings.DataSettings, settings.TrainSettings)
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    numbers = [name for name, hint in hints.items() if hint in (int | None, float | None)]
+    assert "random_weights" in numbers and "alpha" in numbers
+    words = [word for name in numbers for word in (f"--{name.replace('_', '-')}", "none")]
+    found = values(*settings.parse([*GIVEN, "--preset", "smoke", *words]))
+    assert [found[name] for name in numbers] == [None] * len(numbers)
+
+
 def test_a_file_has_every_type(settings: ModuleType, tmp_path: Path) -> None:
     text = (
         "data: scenes\nout: run\nbasis: [one, two]\nattributes: [texture]\nalpha: null\nclip-groups: yes\n"
@@ -180,6 +232,8 @@ def test_a_dim_that_is_none_is_refused(settings: ModuleType, words: list[str]) -
         (["--zzz"], r"there is no option --zzz; see --help"),
         (["--step", "5"], r"there is no option --step: did you mean --steps\?"),
         (["--steps", "many"], r"--steps: invalid int value: 'many'"),
+        (["--random-weights", "many"], r"invalid int value: 'many'"),
+        (["--steps", "none"], r"--steps: invalid int value: 'none'"),
         (["--steps", "0"], r"--steps is 0: give 1 or more"),
         (["--method", "attrsub"], r"--basis is missing: method attrsub"),
         (["--method", "psv", "--basis", "b"], r"--basis is for method attrsub"),

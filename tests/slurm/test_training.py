@@ -57,7 +57,7 @@ def test_a_training_that_is_signalled_is_requeued_and_ends_with_the_same_weights
         names = {"renderer": f"{tiny.HERE}:TinyRenderer", "sampler": f"{tiny.HERE}:sample"}
         generate(tmp_path / "data" / f"texture_{seed:02d}", recipe, 3, workers=1, **names)
     settings = tmp_path / "settings.yaml"
-    settings.write_text(f"model: {tmp_path / 'base'}\nrandom_weights: null\n")
+    settings.write_text(f"model: {tmp_path / 'base'}\n")
     words = f"--preset smoke --steps {STEPS} --image-size 56 --views-max 3 --images-per-step 6 --eval-every 0"
     words += " --eval-share 0 --tracker none --rank 2 --lr 0.003 --checkpoint-every 1000"
     command = [*words.split(), "--config", str(settings), "--datasets", str(tmp_path / "data")]

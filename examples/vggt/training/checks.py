@@ -1,7 +1,7 @@
 """What is wrong with a dataset or an adapter, found before the first step; one sentence for each problem.
 
 `check_data` reads everything and goes on after a problem; `check_adapter_base` compares an adapter's shapes with the
-model that it is to be put on.
+model that it is to be put on; `check_run_base` compares the weights that a run was begun with.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_attrsub.basis.identity import BaseIdentity, shared_base
 from peft_attrsub.datasets import MultiViewDataset, Sample
 from peft_attrsub.vggt import to_image_corner
 from peft_attrsub.vggt.losses import MIN_PIXELS
 
 from .batches import training_frames
 
+#: In the folder of a run: the weights that it was begun with.
+BASE = "base.json"
 #: Frames that are read at a time.
 CHUNK = 16
 #: How much the shapes (height / width) of a picture and of its depth map may differ.
@@ -176,6 +179,16 @@ def check_adapter_base(adapter: str | os.PathLike[str], model: nn.Module) -> Non
             raise ValueError(f"{folder} was made for another base ({base}): {problem}.")
 
 
+def check_run_base(out: Path, base: BaseIdentity) -> None:
+    """ValueError where the run in the folder was begun with other weights: they may have changed under their name."""
+    path = out / BASE
+    before = BaseIdentity.of(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    shared_base(
+        [(f"the run in {str(out)!r}", before), ("the model", base)],
+        "give another folder, or the weights that it was begun with",
+    )
+
+
 def _misfit(key: str, shape: tuple[int, ...], modules: dict[str, nn.Module]) -> str | None:
     """What does not fit of one tensor of an adapter, or None."""
     name, part = _split(key)
@@ -223,4 +236,4 @@ def _sentence(error: Exception, name: str | None = None) -> str:
     return text if name is None or name in text else f"{name}: {text}"
 
 
-__all__ = ["check_adapter_base", "check_data", "check_sample", "check_sequence"]
+__all__ = ["BASE", "check_adapter_base", "check_data", "check_run_base", "check_sample", "check_sequence"]

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from peft_attrsub import AttrSubspaceConfig
 from peft_attrsub.basis.files import atomic_folder
+from peft_attrsub.basis.identity import BaseIdentity, shared_base
+from peft_attrsub.tuner.vocabulary import embedding_layers
 from peft_attrsub.vggt import VggtModel, vggt_targets
 
 from .adalora import AdaLora
@@ -124,17 +126,27 @@ class Built:
                 extra.load_state(state)
 
 
-def build(model: VggtModel, settings: ModelSettings, *, steps: int | None = None, seed: int = 0) -> Built:
+def build(
+    model: VggtModel,
+    settings: ModelSettings,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    base: BaseIdentity | None = None,
+) -> Built:
     """Make a VGGT ready to be trained by `settings.method`; the model is changed in place, and put in train mode.
 
     steps: how long the training is, which AdaLoRA has to know. seed: of what is drawn at the start (LoRA's A, the
-    basis "random"), so that it is the same in every process. Raises ValueError with a sentence for settings that the
-    model or the basis cannot serve; before anything is changed, where that can be known.
+    basis "random"), so that it is the same in every process. base: the weights of the model, which must be those that
+    the basis was mined for, where it records them. Raises ValueError with a sentence for settings that the model or
+    the basis cannot serve; before anything is changed, where that can be known.
     """
     # The generators go on afterwards as if nothing had been drawn here.
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         config = _config(model, settings, steps, seed)
+        if settings.method == "attrsub" and base is not None:
+            _check_basis_base(config, settings, base)
         model.requires_grad_(False)
         model.freeze_encoder()
         recompute(model, settings.checkpointed)
@@ -180,7 +192,11 @@ def save(built: Built, folder: str | os.PathLike[str], tags: Mapping[str, Any] |
             with warnings.catch_warnings():
                 # AdaLoRA may leave a matrix without any rank.
                 warnings.filterwarnings("ignore", ".*have invalid shape")
-                built.model.save_pretrained(str(beside))
+                if full:
+                    built.model.save_pretrained(str(beside))
+                else:
+                    layers = embedding_layers(built.model)
+                    built.model.save_pretrained(str(beside), save_embedding_layers=layers)
         if tags:
             _tag(beside / ("config.json" if full else _CONFIG), tags)
     return Path(folder)
@@ -230,6 +246,14 @@ def _config(model: VggtModel, settings: ModelSettings, steps: int | None, seed: 
     if settings.method != "adalora":
         return LoraConfig(r=settings.rank, **shared)
     return AdaLora.config(settings, steps, shared)
+
+
+def _check_basis_base(config: Any, settings: ModelSettings, base: BaseIdentity) -> None:
+    """ValueError where the basis records other base weights than those to be tuned."""
+    shared_base(
+        [(f"basis {' '.join(settings.basis or [])!r}", config.open_basis().config.base), ("the model", base)],
+        "take a basis mined from adapters of this model, or tune the model that it was mined for",
+    )
 
 
 def _targets(which: str, model: VggtModel, settings: ModelSettings) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # ruff: noqa: RUF009 (_set gives what dataclasses.field gives)
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,8 +34,10 @@ class ModelSettings:
 
     _argument_group_name = "the model and the method"
 
-    model: str = _set("facebook/VGGT-1B", "folder or Hub id")
-    random_weights: int | None = _set(None, "seed of untrained weights; model is then a preset: vggt-1b, vggt-mini")
+    model: str = _set("facebook/VGGT-1B", "folder or Hub id; one that is given drops the random_weights of a preset")
+    random_weights: int | None = _set(
+        None, "seed of untrained weights; model is then a preset: vggt-1b, vggt-mini (none: trained)"
+    )
     method: Method = _set("attrsub", "attrsub: cores in a mined basis; psv, random: cores in a basis of the weights")
     basis: list[str] | None = _set(None, "attrsub: folder or Hub id of the basis; several are put side by side")
     attributes: list[str] | None = _set(None, "attrsub: which attributes of the basis, in this order (None: all)")
@@ -256,6 +259,16 @@ class TrainSettings:
             from peft_attrsub.vggt.precision import parse_precision
 
             self.precision = parse_precision(self.precision, "--precision")
+
+
+def number_or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of an option for argparse that takes a number of this kind, or "none" for None."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # what argparse calls it in an error
+    return read
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -19,6 +19,8 @@ from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_attrsub.tuner.vocabulary import embedding_layers
+
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
 
@@ -62,7 +64,8 @@ class Pissa:
 
     def save(self, folder: Path) -> None:
         """Write the plain LoRA of twice the rank that stands on the untouched W."""
-        tensors = get_peft_model_state_dict(self._model)
+        layers = embedding_layers(self._model)
+        tensors = get_peft_model_state_dict(self._model, save_embedding_layers=layers)
         config: LoraConfig = copy.deepcopy(self._model.peft_config[_ADAPTER])
         for name, (b0, a0) in self._start.items():
             b, a = (factor.detach() for factor in _factors(self._layers[name]))

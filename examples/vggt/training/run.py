@@ -2,6 +2,7 @@
 
 OUT/settings.yaml     what the run was made with; it is continued with the same, or refused
 OUT/precision.json    which precision was chosen for the device, and why
+OUT/base.json         which weights it began with: name, revision, sha256, seed where untrained
 OUT/checkpoints/      step-00000500/ ..., the last ones and the best
 OUT/log.jsonl         numbers of every logged step; OUT/panels/ pictures of a held-out sequence
 OUT/adapter/          what PEFT loads (OUT/model/ with method full), OUT/best/ the same at the best evaluation
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 import yaml
-from _model import load_base, load_config
+from _model import identify, load_base, load_config
 from accelerate import Accelerator
 
+from peft_attrsub.basis.identity import BaseIdentity
 from peft_attrsub.datasets import MultiViewDataset
 from peft_attrsub.evaluation.files import write_atomically
 from peft_attrsub.vggt import Precision, VggtLoss, VggtModel
@@ -31,6 +33,7 @@ from peft_attrsub.vggt import Precision, VggtLoss, VggtModel
 from . import checkpoints
 from .augment import Augmentation
 from .batches import TrainingData, plan_for, read_steps
+from .checks import BASE, check_run_base
 from .ema import Ema
 from .guard import NanGuard, learning_rate
 from .heldout import HeldOut, evaluate, merged
@@ -62,13 +65,15 @@ def run(
     train: TrainSettings,
     *,
     vggt: VggtModel | None = None,
+    base: BaseIdentity | None = None,
     tags: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
     """Train, or go on training, and return what summary.json holds; {"stopped": signal} where a signal ended it.
 
     vggt: the base, where it is loaded already; a LoRA's layers are taken off it again at the end, other methods may
-    change it. tags: JSON values for the adapter's config. Raises ValueError or OSError with a sentence, before the
+    change it. base: what `_model.identify` says of it, where that is known already; it goes into the adapter's config.
+    tags: JSON values for that too. Raises ValueError or OSError with a sentence, before the
     first step where the reason can be known.
     """
     if train.out is None:
@@ -93,15 +98,19 @@ def run(
     patch = config.patch_size
     data.check_patch(patch)
     dataset, learn, held = open_data(data, patch)
-    built = build(vggt or load_vggt(model), model, steps=train.steps, seed=train.seed)
+    loaded = vggt or load_vggt(model)
+    base = base or identify(loaded, model.model, model.random_weights)
+    check_run_base(out, base)
+    built = build(loaded, model, steps=train.steps, seed=train.seed, base=base)
     try:
         # Only now: settings that cannot work leave no folder that refuses others.
         precision, told = settle(train, out, accelerator, continued=bool(stored))
         train = replace(train, precision=precision.name)
-        _keep_settings(out, to_yaml(model, data, train), accelerator)
+        _keep_settings(out, to_yaml(model, data, train), base, accelerator)
         with Stopper() as stopper:
             if train.auto_memory:
                 train = _fit_memory(built, data, train, out, accelerator)
+            tags = dict(tags or {}) | {"base": base.to_dict()}
             work = _Work(accelerator, built, dataset, learn, held, data, train, precision, out, tags, out.name)
             return work.go(stopper, told)
     finally:
@@ -139,8 +148,9 @@ def _same_settings(out: Path, before: Mapping[str, Any], *settings: Any) -> None
             )
 
 
-def _keep_settings(out: Path, text: str, accelerator: Accelerator) -> None:
+def _keep_settings(out: Path, text: str, base: BaseIdentity, accelerator: Accelerator) -> None:
     if accelerator.is_main_process and not (out / SETTINGS).exists():
+        write_atomically(out / BASE, (json.dumps(base.to_dict(), indent=1) + "\n").encode())
         write_atomically(out / SETTINGS, text.encode())
     accelerator.wait_for_everyone()
 
@@ -231,6 +241,7 @@ class _Work:
         first = self.resume()
         log = Log(self.accelerator, self.out, train.steps, first, train.log_every, train.tracker, self.name)
         if first == 0:
+            log.say(f"base: {BaseIdentity.of(self.tags['base'])}")
             log.say(self.built.table)
         if told:
             log.say(told)

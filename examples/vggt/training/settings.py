@@ -1,6 +1,7 @@
 """Settings of a training run from presets, YAML and the command line; the presets "paper", "release" and "smoke".
 
-A value comes from the preset, over it the YAML file of --config, over it the command line. The values of "paper" and
+A value comes from the preset, over it the YAML file of --config, over it the command line. What a preset or the file
+says of its own model (`BELONGING`) is dropped where a layer above names a model. The values of "paper" and
 "release" are those of arXiv 2604.10095 (section 4) and of its public release, "smoke" runs on a CPU in a minute.
 """
 
@@ -17,7 +18,17 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .options import CHECKPOINTED, CORES, METHODS, DataSettings, Heads, Method, ModelSettings, TrainSettings
+from .options import (
+    CHECKPOINTED,
+    CORES,
+    METHODS,
+    DataSettings,
+    Heads,
+    Method,
+    ModelSettings,
+    TrainSettings,
+    number_or_none,
+)
 
 # VGGT's released recipe: the same for the paper and its release.
 _RECIPE: dict[str, Any] = {
@@ -93,6 +104,9 @@ _SMOKE: dict[str, Any] = _PAPER | {
 #: Preset -> field -> value; what a preset does not name has the default of its dataclass.
 PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": _PAPER, "release": _RELEASE, "smoke": _SMOKE}
 
+#: Field -> fields whose values hold only together with its own: naming it drops those of the layers below.
+BELONGING: Mapping[str, tuple[str, ...]] = {"model": ("random_weights",)}
+
 _TYPES = (ModelSettings, DataSettings, TrainSettings)
 
 
@@ -129,13 +143,29 @@ def parse_types(
     preset = given.pop("preset", None) or from_file.pop("preset", None) or "paper"
     from_file.pop("preset", None)
     known = parser.names
-    values = {k: v for k, v in PRESETS[preset].items() if k in known} | from_file | given
+    values = layered({k: v for k, v in PRESETS[preset].items() if k in known}, from_file, given)
     missing = [name for name in required if values.get(name) is None]
     if missing:
         raise ValueError(f"--{missing[0].replace('_', '-')} is missing: see --help.")
     found = tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in kinds)
     check_together(*found)
     return found
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of several layers, later ones over earlier ones.
+
+    A layer that names a field of `BELONGING` drops what belongs to it from each layer below that names it too: with
+    {"model": "vggt-mini", "random_weights": 0} below, {"model": "x"} gives trained weights of x. A lower layer that
+    sets random_weights without a model keeps it.
+    """
+    kept = [dict(layer) for layer in layers]
+    for number, layer in enumerate(layers):
+        for name in BELONGING.keys() & layer.keys():
+            for below in kept[:number]:
+                for other in BELONGING[name] if name in below else ():
+                    below.pop(other, None)
+    return {key: value for layer in kept for key, value in layer.items()}
 
 
 def check_together(*settings: Any) -> None:
@@ -174,6 +204,9 @@ class _Parser(HfArgumentParser):
         self.names = frozenset(own)
         self._lists = {name for name in own if _is_list(hints[name])}
         self._may_be_none = {name for name in own if type(None) in get_args(hints[name])}
+        for action in self._actions:
+            if action.dest in self._may_be_none and action.type in (int, float):
+                action.type = number_or_none(action.type)
         self.add_argument("--preset", choices=tuple(PRESETS), help="values to begin with (None: paper)")
         self.add_argument("--config", metavar="YAML", help="file of values, over the preset, under the command line")
 
@@ -241,6 +274,7 @@ def _is_list(hint: Any) -> bool:
 
 
 __all__ = [
+    "BELONGING",
     "CHECKPOINTED",
     "CORES",
     "METHODS",
@@ -251,6 +285,7 @@ __all__ = [
     "ModelSettings",
     "TrainSettings",
     "check_together",
+    "layered",
     "parse",
     "parse_types",
     "to_yaml",
