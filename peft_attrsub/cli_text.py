@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .analysis import adapter_table
-from .basis import Basis
 from .basis.naming import natural_key, some
+
+if TYPE_CHECKING:
+    from .basis import Basis
 
 __all__ = ["built", "described", "natural_key", "plan", "projected", "pushed", "reported", "summary"]
 
@@ -47,6 +48,8 @@ def summary(basis: Basis) -> dict[str, Any]:
 
 
 def _attribute(basis: Basis, name: str) -> dict[str, Any]:
+    from .analysis.outliers import adapter_table
+
     config = next(a for a in basis.config.attributes if a.name == name)
     dims = [basis.dim(module, name) for module in basis.modules]
     record: dict[str, Any] = {

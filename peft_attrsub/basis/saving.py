@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,6 +88,8 @@ def _version() -> str | None:
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     plan = split_torch_state_dict_into_shards(
         tensors, filename_pattern="basis{suffix}.safetensors", max_shard_size=max_shard_size
     )
