@@ -1,19 +1,49 @@
 """Attribute subspaces for PEFT: mine bases from LoRA adapters, fine-tune by their small cores.
 
-Importing this package registers the method with PEFT as `PeftType.ATTRSUB`.
+Importing this package registers the method with PEFT as `PeftType.ATTRSUB`, in whatever order the two are imported.
+It loads neither PEFT nor torch: the names below are imported on their first use.
 """
 
-from .analysis.card import card_section
-from .basis import Basis, BasisError, build_basis, psv_basis, random_basis
+from typing import TYPE_CHECKING
+
 from .basis.card import add_section
-from .tuner import AttrSubspaceConfig, AttrSubspaceModel, export_lora, project_lora
-from .tuner.choice import explain_forward
-from .tuner.hotswap import hotswap_adapter
+from .lazy import lazy_names
+from .peft_hook import install
+
+if TYPE_CHECKING:
+    from . import analysis as analysis
+    from . import tuner as tuner
+    from .basis import Basis, BasisError, build_basis, psv_basis, random_basis
+    from .tuner import (
+        AttrSubspaceConfig,
+        AttrSubspaceModel,
+        explain_forward,
+        export_lora,
+        hotswap_adapter,
+        project_lora,
+    )
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            ".basis": ["Basis", "BasisError", "build_basis", "psv_basis", "random_basis"],
+            ".tuner": [
+                "AttrSubspaceConfig",
+                "AttrSubspaceModel",
+                "explain_forward",
+                "export_lora",
+                "hotswap_adapter",
+                "project_lora",
+            ],
+        },
+        modules=["analysis", "tuner"],
+    )
 
 __version__ = "0.1.0"
 
 # The room of bases may not know the room that measures them: they are introduced to each other here.
-add_section(card_section)
+add_section("peft_attrsub.analysis.card:card_section")
+install()
 
 __all__ = [
     "AttrSubspaceConfig",

@@ -1,4 +1,8 @@
-"""The peft-attrsub command: build, look at, share and combine bases, and convert adapters."""
+"""The peft-attrsub command: build, look at, share and combine bases, and convert adapters.
+
+A command imports torch, PEFT and the rooms that need them once its arguments are known to be good: --help and wrong
+arguments answer at once.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from . import __version__, cli_text
-from .analysis import analyse, save_figures, write_report
-from .basis import Basis, BasisError, build_basis
-from .basis.adapters import CONFIG as ADAPTER_CONFIG
-from .basis.config import CONFIG_NAME
-from .basis.convert import convert_release
-from .basis.files import check_file, check_writable
+from .basis.config import CONFIG_NAME, DTYPE_NAMES
+from .basis.errors import BasisError
+from .basis.files import ADAPTER_CONFIG, check_file, check_writable
 from .basis.hub import is_local
-from .basis.remote import open_header, pull_basis
-from .basis.storage import DTYPES
 from .cli_words import group_adapters, split_attributes
-from .tuner import export_lora, project_lora
 
 app = typer.Typer(
     help="Attribute subspaces for PEFT: mine a basis from LoRA adapters, then train only small cores in it.",
@@ -76,13 +73,16 @@ def build(
     """Mine a basis from saved LoRA adapters."""
 
     def work() -> None:
-        if dtype not in DTYPES:
-            raise BasisError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPES)}.")
+        if dtype not in DTYPE_NAMES:
+            raise BasisError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPE_NAMES)}.")
         check_writable(output, CONFIG_NAME, overwrite)
         groups = group_adapters(adapters)
         main = _is_main_process()
         if main and not as_json:
-            print(cli_text.plan(groups, output, dim, allocation, alpha))
+            print(cli_text.plan(groups, output, dim, allocation, alpha), flush=True)
+        from .basis import build_basis
+        from .basis.storage import DTYPES
+
         basis = build_basis(
             groups,
             dim=dim,
@@ -121,6 +121,11 @@ def info(
     """
 
     def work() -> None:
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        from .basis import Basis
+        from .basis.remote import open_header
+
         if verify or is_local(basis) or HF_HUB_OFFLINE:
             opened = Basis.from_pretrained(basis, revision, token=token)
         else:
@@ -152,7 +157,10 @@ def convert(
 
     def work() -> None:
         check_writable(output, CONFIG_NAME, overwrite)
-        basis = convert_release(file, attributes=split_attributes(attributes), base_model=base_model)
+        names = split_attributes(attributes)
+        from .basis.convert import convert_release
+
+        basis = convert_release(file, attributes=names, base_model=base_model)
         basis.config.command = _command()
         basis.save_pretrained(output, overwrite=overwrite)
         _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
@@ -172,6 +180,8 @@ def combine(
 
     def work() -> None:
         check_writable(output, CONFIG_NAME, overwrite)
+        from .basis import Basis
+
         whole = Basis.combine([Basis.from_pretrained(name) for name in bases])
         whole.config.command = _command()
         whole.save_pretrained(output, overwrite=overwrite)
@@ -203,6 +213,8 @@ def report(
         for file in (output, json_file, csv_file):
             if file is not None:
                 check_file(file)
+        from .analysis import analyse, save_figures, write_report
+
         found = analyse(basis, adapter or [], draws=draws, seed=seed)
         written = [write_report(found, output, title)]
         written += [found.save_json(json_file)] if json_file else []
@@ -229,6 +241,8 @@ def push(
     """Put a basis with its model card on the Hub, in one commit."""
 
     def work() -> None:
+        from .basis import Basis
+
         opened = Basis.from_pretrained(basis, token=token)
         done = opened.push_to_hub(
             repo_id,
@@ -259,6 +273,8 @@ def pull(
 
     def work() -> None:
         check_writable(output, CONFIG_NAME, overwrite)
+        from .basis.remote import pull_basis
+
         basis = pull_basis(repo_id, output, revision, token, overwrite)
         _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
 
@@ -277,6 +293,8 @@ def export(
 
     def work() -> None:
         check_writable(output, ADAPTER_CONFIG, overwrite)
+        from .tuner import export_lora
+
         print(f"wrote the LoRA to {export_lora(adapter, output, rank=rank, overwrite=overwrite)}")
 
     _run(work, debug)
@@ -300,6 +318,8 @@ def project(
 
     def work() -> None:
         check_writable(output, ADAPTER_CONFIG, overwrite)
+        from .tuner import project_lora
+
         result = project_lora(adapter, basis, output, attribute or None, dim, missing, overwrite)
         record = {"output": str(output), "total_energy": result.total_energy, "energy": result.energy}
         _tell(record, as_json, cli_text.projected)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .analysis import adapter_table
-from .basis import Basis
 from .basis.identity import BaseIdentity
 from .basis.naming import natural_key, some
+
+if TYPE_CHECKING:
+    from .basis import Basis
 
 __all__ = ["built", "described", "natural_key", "plan", "projected", "pushed", "reported", "summary"]
 
@@ -49,6 +50,8 @@ def summary(basis: Basis) -> dict[str, Any]:
 
 
 def _attribute(basis: Basis, name: str) -> dict[str, Any]:
+    from .analysis.outliers import adapter_table
+
     config = next(a for a in basis.config.attributes if a.name == name)
     dims = [basis.dim(module, name) for module in basis.modules]
     record: dict[str, Any] = {

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from .basis import BasisError
-from .basis.adapters import CONFIG as ADAPTER_CONFIG
+from .basis.errors import BasisError
+from .basis.files import ADAPTER_CONFIG
 from .basis.naming import check_attribute, natural_key
 
 

@@ -1,12 +1,16 @@
-"""Imports between rooms go one way, and `import peft_attrsub` costs nothing that it need not cost.
+"""Imports between rooms go one way, whether they are made at once or on the first use of a name.
 
-A room is a folder of the package. What it may import of ours is the table in `MAY_IMPORT`; the files beside
-the rooms (`__init__.py`, `cli.py`) stand on top and may import every room, and no room may import them.
+A room is a folder of the package. What it may import of ours is the table in `MAY_IMPORT`; the files next to
+the rooms (`__init__.py`, `cli.py`) stand on top and may import every room. No room may import them, except `lazy.py`,
+which imports nothing of ours itself.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,8 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"vggt", "scenes"},
     "evaluation": set(),
 }
+FREE = "lazy"
 OUTSIDE = {"tests", "examples", "benchmarks"}  # the package never reaches into these
-HEAVY = ("typer", "matplotlib", "plotly", "scipy", "sklearn", "bpy", "open3d")
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
@@ -36,10 +40,16 @@ def imported_names(source: str, module: str, is_package: bool = False) -> Iterat
     """Line and absolute dotted name of every import in `source`, wherever in the file it stands.
 
     `from a import b` gives `a.b`: b may be a module. Relative imports are resolved against `module`, the
-    dotted name of the file; `is_package`: the file is an `__init__.py`. `import_module("a.b")` counts too.
+    dotted name of the file; `is_package`: the file is an `__init__.py`. Modules named in strings count too: those
+    given to `import_module`, `__import__` and `lazy_names`, and every "peft_attrsub.room.module:name".
     """
     parts = module.split(".")
     here = parts if is_package else parts[:-1]
+
+    def resolved(name: str) -> str:
+        level = len(name) - len(name.lstrip("."))
+        return ".".join([*here[: len(here) - level + 1], name[level:]]) if level else name
+
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -51,7 +61,12 @@ def imported_names(source: str, module: str, is_package: bool = False) -> Iterat
             name = getattr(node.func, "attr", getattr(node.func, "id", None))
             target = node.args[0]
             if name in ("import_module", "__import__") and isinstance(target, ast.Constant):
-                yield node.lineno, str(target.value)
+                yield node.lineno, resolved(str(target.value))
+            elif name == "lazy_names":
+                keys = [key for argument in node.args if isinstance(argument, ast.Dict) for key in argument.keys]
+                yield from ((key.lineno, resolved(key.value)) for key in keys if isinstance(key, ast.Constant))
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"{PACKAGE}(\.\w+)+(:\w+)?", str(node.value)):
+            yield node.lineno, str(node.value).partition(":")[0]
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
@@ -63,10 +78,10 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         other = rest.split(".")[0]
         if top in OUTSIDE:
             found.append(f"{module}, line {line}: imports {name}, which is not part of the package.")
-        elif top == PACKAGE and room in MAY_IMPORT and other not in MAY_IMPORT[room] | {room}:
+        elif top == PACKAGE and room in MAY_IMPORT and other not in MAY_IMPORT[room] | {room, FREE}:
             allowed = ", ".join(sorted(MAY_IMPORT[room])) or "no other room"
             found.append(f"{module}, line {line}: imports {name}; the room {room} may import {allowed}.")
-    return found
+    return list(dict.fromkeys(found))  # a module named in a call is a string as well
 
 
 def dotted(path: Path) -> str:
@@ -107,6 +122,9 @@ def test_the_table_has_no_circle() -> None:
         ("from ...tuner import layer", "peft_attrsub.basis.deep.irls", False),
         ("def f():\n    from peft_attrsub.evaluation import metrics", "peft_attrsub.tuner.layer", False),
         ("import importlib\nimportlib.import_module('peft_attrsub.cli')", "peft_attrsub.tuner.layer", False),
+        ("import importlib\nimportlib.import_module('..tuner.layer', __name__)", "peft_attrsub.basis", True),
+        ("__getattr__, __dir__ = lazy_names(__name__, {'..tuner': ['Linear']})", "peft_attrsub.basis", True),
+        ("add_section('peft_attrsub.analysis.card:card_section')", "peft_attrsub.basis.card", False),
         ("from tests.reference import slow", "peft_attrsub.tuner.layer", False),
         ("import examples.digits", "peft_attrsub.cli", False),
     ],
@@ -125,32 +143,63 @@ def test_a_wrong_import_is_found(line: str, module: str, is_package: bool) -> No
         ("from .tuner import AttrSubspaceConfig", "peft_attrsub", True),
         ("from peft_attrsub.tuner import AttrSubspaceConfig", "peft_attrsub.cli", False),
         ("import peft_attrsub_extra.tuner", "peft_attrsub.basis.irls", False),
+        ("from ..lazy import lazy_names", "peft_attrsub.basis", True),
+        ("__getattr__, __dir__ = lazy_names(__name__, {'.irls': ['irls']})", "peft_attrsub.basis", True),
+        ("say('peft_attrsub.analysis reads it')", "peft_attrsub.basis.card", False),
     ],
 )
 def test_a_right_import_passes(line: str, module: str, is_package: bool) -> None:
     assert violations(line, module, is_package) == []
 
 
-def run_fresh(code: str) -> str:
-    """Standard output of `code` in a new Python process that finds this checkout first."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+def test_the_file_that_every_room_may_import_imports_nothing_of_ours() -> None:
+    names = imported_names((ROOT / PACKAGE / f"{FREE}.py").read_text(encoding="utf-8"), f"{PACKAGE}.{FREE}")
+    assert [name for _, name in names if name.partition(".")[0] == PACKAGE] == []
 
 
-def test_import_adds_nothing_heavy() -> None:
-    """Only what PEFT's own import loads already: transformers takes scipy where it is installed."""
-    count = f"print(sorted(sys.modules.keys() & set({HEAVY!r})))"
-    before, after = run_fresh(f"import peft\n{count}\nimport peft_attrsub\n{count}").splitlines()
-    assert after == before
+LAZY = [path for path in FILES if path.name == "__init__.py" and "lazy_names(" in path.read_text(encoding="utf-8")]
 
 
-def test_import_needs_nothing_heavy() -> None:
-    """`sys.modules[name] = None` makes Python behave as if the package were not installed."""
-    hide = f"sys.modules.update(dict.fromkeys({HEAVY!r}))"
-    assert run_fresh(f"{hide}\nimport peft_attrsub\nprint(peft_attrsub.__version__)")
+@pytest.mark.parametrize("path", LAZY, ids=dotted)
+def test_lazy_names_are_those_that_a_type_checker_sees(path: Path) -> None:
+    """The imports under TYPE_CHECKING, the names given to `lazy_names`, and `__all__` say the same."""
+    seen, lazy = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING":
+            for line in (child for child in node.body if isinstance(child, ast.ImportFrom) and child.module):
+                seen |= {(f".{line.module}", alias.name) for alias in line.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "lazy_names":
+            lazy = {(module, name) for module, names in ast.literal_eval(node.args[1]).items() for name in names}
+    package = importlib.import_module(dotted(path))
+    assert seen == lazy and {name for _, name in lazy} == set(package.__all__)
+    assert not {name for _, name in lazy} & {file.stem for file in path.parent.glob("*.py")}, "a module takes the name"
+    for module, name in lazy:
+        assert getattr(package, name) is getattr(importlib.import_module(module, dotted(path)), name)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = package.no_such_name
+
+
+def test_mypy_knows_the_lazy_names_and_no_others(tmp_path: Path) -> None:
+    lines = [
+        "from peft_attrsub import AttrSubspaceConfig, Basis, build_basis, hotswap_adapter",
+        "from peft_attrsub.datasets import open_benchmark",
+        "import peft_attrsub.evaluation",
+        "reveal_type(Basis.combine([]))",
+        "reveal_type(build_basis)",
+        "reveal_type(open_benchmark('human', '.').names)",
+        "reveal_type(peft_attrsub.evaluation.umeyama)",
+        "Basis.no_such_name",
+        "peft_attrsub.evaluation.no_such_name",
+        "from peft_attrsub import no_such_name",
+    ]
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--cache-dir", str(tmp_path / "cache"), str(tmp_path / "user.py")]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
+    said = {int(line.split(":")[1]): line for line in done.stdout.splitlines() if line.count(":") > 2}
+    assert sorted(said) == [4, 5, 6, 7, 8, 9, 10], done.stdout + done.stderr
+    assert "peft_attrsub.basis.basis.Basis" in said[4] and "-> peft_attrsub.basis.basis.Basis" in said[5]
+    assert "tuple[" in said[6] and "Similarity" in said[7]
+    assert all("no_such" in said[line] and "error" in said[line] for line in (8, 9, 10))

@@ -1,14 +1,34 @@
 """What a basis is, how it is stored, and how it is mined from adapters."""
 
-from .adapters import LoraAdapter
-from .allocation import effective_rank
-from .basis import Basis
-from .build import build_basis
-from .config import BasisConfig
-from .errors import BasisError
-from .irls import IrlsSettings, SharedSubspace, shared_subspace
-from .layout import ModuleLayout
-from .weights import psv_basis, random_basis
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .adapters import LoraAdapter
+    from .allocation import effective_rank
+    from .basis import Basis
+    from .build import build_basis
+    from .config import BasisConfig
+    from .errors import BasisError
+    from .irls import IrlsSettings, SharedSubspace, shared_subspace
+    from .layout import ModuleLayout
+    from .weights import psv_basis, random_basis
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            ".adapters": ["LoraAdapter"],
+            ".allocation": ["effective_rank"],
+            ".basis": ["Basis"],
+            ".build": ["build_basis"],
+            ".config": ["BasisConfig"],
+            ".errors": ["BasisError"],
+            ".irls": ["IrlsSettings", "SharedSubspace", "shared_subspace"],
+            ".layout": ["ModuleLayout"],
+            ".weights": ["psv_basis", "random_basis"],
+        },
+    )
 
 __all__ = [
     "Basis",

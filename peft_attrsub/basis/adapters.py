@@ -16,18 +16,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .errors import BasisError
-from .files import file_sha256
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_sha256
 from .hub import fetch
 from .identity import BaseIdentity, adapter_base
 from .layout import ModuleLayout
 from .naming import OUTPUTS, natural_key, some, strip_peft_prefix
 from .tensor_file import TensorFile
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 _PAIRS = {
     ".lora_A.weight": (".lora_B.weight", False),
     ".lora_embedding_A": (".lora_embedding_B", True),
@@ -235,13 +234,20 @@ class LoraAdapter:
                 f"adapter {self.source!r}, module {name!r}: factors {shape_a} and {shape_b} belong to a grouped "
                 "convolution, whose LoRA is not one low-rank matrix; leave the module out with modules=."
             )
-        pattern = self.config.get("rank_pattern") or {}
-        expected = pattern.get(get_pattern_key(list(pattern), name), self.config.get("r", rank))
+        expected = self._by_pattern("rank_pattern", name, self.config.get("r", rank))
         if expected != rank:
             raise BasisError(
                 f"adapter {self.source!r}, module {name!r} has rank {rank} in the file but {expected} in {CONFIG}."
             )
-        pattern = self.config.get("alpha_pattern") or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), name), self.config.get("lora_alpha", rank))
+        alpha = self._by_pattern("alpha_pattern", name, self.config.get("lora_alpha", rank))
         scaling = alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
         return LoraEntry(key_a, key_b, rank, scaling, ModuleLayout.from_lora(shape_a, shape_b, embedding))
+
+    def _by_pattern(self, key: str, name: str, default: Any) -> Any:
+        """A module's entry in rank_pattern or alpha_pattern, matched by PEFT; few adapters have any."""
+        pattern = self.config.get(key)
+        if not pattern:
+            return default
+        from peft.utils.other import get_pattern_key  # costs more than all of this room
+
+        return pattern.get(get_pattern_key(list(pattern), name), default)

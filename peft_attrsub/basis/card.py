@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 # A section measures the basis, writes its figures into the folder and returns Markdown; see `add_section`.
 Section = Callable[["Basis", Path], str]
-_SECTIONS: list[Section] = []
+_SECTIONS: list[Section | str] = []
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _TEMPLATE = Template("""---
@@ -50,14 +51,27 @@ $sections$origin
 """)
 
 
-def add_section(section: Section) -> None:
-    """Have `section` measure every basis that is pushed to the Hub; its Markdown goes into the card."""
-    _SECTIONS.append(section)
+def add_section(section: Section | str) -> None:
+    """Have `section` measure every basis that is pushed to the Hub; its Markdown goes into the card.
+
+    section: a function, or "package.module:function", which is imported when the first card is written. Adding one
+    again changes nothing.
+    """
+    if section not in _SECTIONS:
+        _SECTIONS.append(section)
+
+
+def _load(section: Section | str) -> Section:
+    if not isinstance(section, str):
+        return section
+    module, _, name = section.partition(":")
+    found: Section = getattr(import_module(module), name)
+    return found
 
 
 def full_card(basis: Basis, name: str, folder: Path, license: str | None) -> str:
     """README.md of a pushed basis, with every section of `add_section`; figures are written into `folder`."""
-    return model_card(basis, name, [section(basis, folder) for section in _SECTIONS], license)
+    return model_card(basis, name, [_load(section)(basis, folder) for section in _SECTIONS], license)
 
 
 def model_card(basis: Basis, name: str, sections: Sequence[str] = (), license: str | None = None) -> str:

@@ -15,6 +15,8 @@ from .naming import check_attribute
 
 FORMAT = 1
 CONFIG_NAME = "basis_config.json"
+#: Dtypes in which a basis can be stored, by their names in torch.
+DTYPE_NAMES = ("float32", "bfloat16")
 
 
 @dataclass

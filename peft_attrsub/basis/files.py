@@ -16,6 +16,8 @@ from pathlib import Path
 
 from .errors import BasisError
 
+#: Files of an adapter that PEFT has saved.
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

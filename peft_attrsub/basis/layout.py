@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .errors import BasisError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _CONV_KINDS = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
 KINDS = ("linear", *_CONV_KINDS.values(), "embedding")
@@ -64,6 +65,7 @@ class ModuleLayout:
     @classmethod
     def of(cls, module: nn.Module) -> ModuleLayout | None:
         """Layout of a torch module, or None when no basis can describe it."""
+        from torch import nn
         from transformers.pytorch_utils import Conv1D
 
         if isinstance(module, nn.Embedding):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,8 +88,15 @@ def _version() -> str | None:
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
-    plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="basis{suffix}.safetensors", max_shard_size=max_shard_size
+    # Not split_torch_state_dict_into_shards: it imports torch.distributed.tensor, and with it sympy, for a second.
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda tensor: None,  # every tensor is written on its own, see `_save`
+        filename_pattern="basis{suffix}.safetensors",
+        max_shard_size=max_shard_size,
     )
     for name, keys in plan.filename_to_tensors.items():
         _save({key: tensors[key] for key in keys}, folder / (name if plan.is_sharded else TENSORS_NAME))

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .config import DTYPE_NAMES
 from .errors import BasisError
 from .tensor_file import TensorFile
 
@@ -32,7 +33,7 @@ FACTORS = ("Ut", "S", "Vt")
 RECORDS = ("first", "last", "weights", "residuals", "energy", "ranks")
 # Records that hold for the mined dim only.
 AT_DIM = ("residuals", "energy")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 # Directions per sha256.
 CHUNK = 16
 TENSORS_NAME = "basis.safetensors"

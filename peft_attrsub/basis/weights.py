@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from .basis import Basis
@@ -77,6 +76,8 @@ def _matrix(module: nn.Module) -> Tensor:
 
 
 def _chosen(model: nn.Module, dim: int, modules: Modules) -> dict[str, nn.Module]:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     if not isinstance(dim, int) or dim < 1:
         raise BasisError(f"dim={dim!r} is no positive whole number.")
     everything = modules is None or modules == "all-linear"

@@ -1,37 +1,35 @@
 """Multi-view datasets on disk, all read to one contract: `Sample`. `open_benchmark` opens one by name."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from .base import MultiViewDataset, read_sequence_map
-from .opening import BENCHMARKS, Protocol, open_benchmark, protocol
-from .resizing import crop, resize
-from .sample import Sample
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .base import MultiViewDataset, read_sequence_map
     from .bursts import BurstDataset
     from .clearpose import ClearPoseDataset
+    from .opening import BENCHMARKS, Protocol, open_benchmark, protocol
     from .rendered import RenderedDataset
+    from .resizing import crop, resize
+    from .sample import Sample
     from .scenes import SceneDataset
     from .writing import RenderedWriter
-
-# Readers load with their first use: most programs need one of them.
-_LATER = {
-    "BurstDataset": "bursts",
-    "ClearPoseDataset": "clearpose",
-    "RenderedDataset": "rendered",
-    "RenderedWriter": "writing",
-    "SceneDataset": "scenes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
-
+else:
+    # Readers load with their first use: most programs need one of them.
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            ".base": ["MultiViewDataset", "read_sequence_map"],
+            ".bursts": ["BurstDataset"],
+            ".clearpose": ["ClearPoseDataset"],
+            ".opening": ["BENCHMARKS", "Protocol", "open_benchmark", "protocol"],
+            ".rendered": ["RenderedDataset"],
+            ".resizing": ["crop", "resize"],
+            ".sample": ["Sample"],
+            ".scenes": ["SceneDataset"],
+            ".writing": ["RenderedWriter"],
+        },
+    )
 
 __all__ = [
     "BENCHMARKS",

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .base import MultiViewDataset
+if TYPE_CHECKING:
+    from .base import MultiViewDataset
 
 Split = Literal["all", "train", "test"]
 BENCHMARKS = ("face", "face-real", "human", "clearpose", "scenes")

@@ -1,22 +1,26 @@
 """The PEFT method dW = A M B^T; importing this room registers it with PEFT."""
 
-from .adapter_card import keep_card_on_push
+# Before any module of this room: it is the import of PEFT that registers the method, see peft_attrsub/peft_hook.py.
+import peft  # noqa: F401
+
+from . import plugin  # noqa: F401
+from .choice import explain_forward
 from .config import AttrSubspaceConfig
+from .hotswap import hotswap_adapter
 from .layer import AttrSubspaceLayer
 from .lora_export import export_lora
 from .lora_import import Projection, project_lora
 from .model import AttrSubspaceModel
 from .registration import register
 
-register(AttrSubspaceConfig, AttrSubspaceModel)
-keep_card_on_push(AttrSubspaceConfig)
-
 __all__ = [
     "AttrSubspaceConfig",
     "AttrSubspaceLayer",
     "AttrSubspaceModel",
     "Projection",
+    "explain_forward",
     "export_lora",
+    "hotswap_adapter",
     "project_lora",
     "register",
 ]

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SERVER = r"""
 import json, os, sys, threading
-import torch, peft, transformers, accelerate, peft_attrsub, peft_attrsub.cli
+import torch, peft, transformers, accelerate
+import peft_attrsub.analysis, peft_attrsub.tuner, peft_attrsub.basis.build, peft_attrsub.basis.remote
+import peft_attrsub.basis.convert
 from peft_attrsub.cli import main
 
 def crash_before_event(number, folder):
