@@ -1,7 +1,8 @@
 """Imports between rooms go one way, and `import peft_attrsub` costs nothing that it need not cost.
 
 A room is a folder of the package. What it may import of ours is the table in `MAY_IMPORT`; the files beside
-the rooms (`__init__.py`, `cli.py`) stand on top and may import every room, and no room may import them.
+the rooms (`__init__.py`, `cli.py`) stand on top and may import every room, and no room may import them. Files beside
+the rooms whose names begin with an underscore (`PLUMBING`) are below every room and import none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"vggt", "scenes"},
     "evaluation": set(),
 }
+PLUMBING = {
+    "_files",
+    "_machine",
+    "_pictures",
+}  # what has nothing to do with attribute subspaces: pictures
 OUTSIDE = {"tests", "examples", "benchmarks"}  # the package never reaches into these
 HEAVY = ("typer", "matplotlib", "plotly", "scipy", "sklearn", "bpy", "open3d")
 
@@ -63,7 +69,9 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         other = rest.split(".")[0]
         if top in OUTSIDE:
             found.append(f"{module}, line {line}: imports {name}, which is not part of the package.")
-        elif top == PACKAGE and room in MAY_IMPORT and other not in MAY_IMPORT[room] | {room}:
+        elif top == PACKAGE and room in PLUMBING and other not in PLUMBING:
+            found.append(f"{module}, line {line}: imports {name}; plumbing imports nothing of the package.")
+        elif top == PACKAGE and room in MAY_IMPORT and other not in MAY_IMPORT[room] | {room} | PLUMBING:
             allowed = ", ".join(sorted(MAY_IMPORT[room])) or "no other room"
             found.append(f"{module}, line {line}: imports {name}; the room {room} may import {allowed}.")
     return found
@@ -84,6 +92,23 @@ def test_every_folder_is_a_room_of_the_table() -> None:
     rooms = {path.relative_to(ROOT / PACKAGE).parts[0] for path in FILES if path.parent != ROOT / PACKAGE}
     assert rooms, "no room was found: the package is not where this test looks for it"
     assert rooms <= set(MAY_IMPORT), f"{sorted(rooms - set(MAY_IMPORT))} are missing from the table MAY_IMPORT"
+
+
+def test_the_plumbing_is_what_the_files_say() -> None:
+    assert {path.stem for path in (ROOT / PACKAGE).glob("_*.py") if not path.stem.startswith("__")} == PLUMBING
+
+
+def test_the_plumbing_imports_nothing_heavy() -> None:
+    """The workers of the renderers load it without torch and without the package's own `__init__`."""
+    for name in sorted(PLUMBING):
+        loaded = run_fresh(
+            "import importlib.util\n"
+            f"spec = importlib.util.spec_from_file_location({name!r}, {str(ROOT / PACKAGE / name)!r} + '.py')\n"
+            "module = importlib.util.module_from_spec(spec); sys.modules[spec.name] = module\n"
+            "spec.loader.exec_module(module)\n"
+            f"print(sorted(sys.modules.keys() & {{'torch', 'PIL', 'peft', 'transformers', *{HEAVY!r}}}))"
+        )
+        assert loaded == "[]", name
 
 
 def test_the_table_has_no_circle() -> None:
@@ -109,6 +134,7 @@ def test_the_table_has_no_circle() -> None:
         ("import importlib\nimportlib.import_module('peft_attrsub.cli')", "peft_attrsub.tuner.layer", False),
         ("from tests.reference import slow", "peft_attrsub.tuner.layer", False),
         ("import examples.digits", "peft_attrsub.cli", False),
+        ("from .basis import Basis", "peft_attrsub._pictures", False),
     ],
 )
 def test_a_wrong_import_is_found(line: str, module: str, is_package: bool) -> None:
@@ -120,6 +146,7 @@ def test_a_wrong_import_is_found(line: str, module: str, is_package: bool) -> No
     [
         ("from ..basis.store import Basis", "peft_attrsub.tuner.layer", False),
         ("from .layer import Linear", "peft_attrsub.tuner", True),
+        ("from .._pictures import decode_picture", "peft_attrsub.tuner.layer", False),
         ("from peft_attrsub.basis import Basis", "peft_attrsub.analysis.spectrum", False),
         ("import torch\nfrom peft import PeftModel", "peft_attrsub.basis.irls", False),
         ("from .tuner import AttrSubspaceConfig", "peft_attrsub", True),
