@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -22,11 +23,18 @@ RESULTS = HERE / "results"
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "numpy")
 
 
+def print_anything() -> None:
+    """Write "?" for what the console's encoding lacks; `print_anything` of peft_attrsub without importing it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def machine() -> dict:
     """CPU model, usable cores and RAM; nothing that names the host or a folder."""
     model = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
@@ -36,8 +44,9 @@ def machine() -> dict:
         ram = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         ram = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "ram_gib": ram, "system": platform.system()}
+    from peft_attrsub._machine import available_cores  # here: other interpreters run parts of this file without it
+
+    return {"cpu": model, "cores": available_cores(), "ram_gib": ram, "system": platform.system()}
 
 
 def load() -> float | None:
@@ -80,7 +89,7 @@ def write_result(result: dict, name: str, output: str | None, quick: bool) -> No
     path = Path(output) if output else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
@@ -113,7 +122,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> None:
 
 def _status_mib(*fields: str) -> dict[str, float]:
     found = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         key, _, rest = line.partition(":")
         if key in fields:
             found[key] = int(rest.split()[0]) / 1024
@@ -133,7 +142,7 @@ class PeakMemory:
         if self.known:
             with contextlib.suppress(OSError):
                 # The mark still holds the peak of the imports; 5 resets it to the present value.
-                Path("/proc/self/clear_refs").write_text("5")
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self.start = _status_mib("VmRSS", "RssAnon")
             self.high = self.start["RssAnon"]
             self.stop = threading.Event()
@@ -177,10 +186,10 @@ def run_child(job: dict, python: str | None = None) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [python or sys.executable, str(HERE / "_contenders.py"), json.dumps(job), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode or not result.exists():
             raise RuntimeError(f"contender {job['contender']} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        return json.loads(result.read_text())
+        return json.loads(result.read_bytes())
 
 
 def write_figure(path: Path, figure: Any) -> None:

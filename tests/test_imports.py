@@ -27,11 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"vggt", "scenes"},
     "evaluation": set(),
 }
-PLUMBING = {
-    "_files",
-    "_machine",
-    "_pictures",
-}  # what has nothing to do with attribute subspaces: pictures
+PLUMBING = {"_files", "_machine", "_pictures"}  # nothing about attribute subspaces: files, cores, pictures
 OUTSIDE = {"tests", "examples", "benchmarks"}  # the package never reaches into these
 HEAVY = ("typer", "matplotlib", "plotly", "scipy", "sklearn", "bpy", "open3d")
 
