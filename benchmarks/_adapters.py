@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import warnings
 import zlib
@@ -22,6 +21,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+
+from peft_attrsub._machine import available_cores
 
 LINEARS = {
     "attn.qkv": (1024, 3072),
@@ -130,7 +131,7 @@ def write_adapters(
     }
     marker = folder / "complete.json"
     paths = [folder / f"texture-{i}" for i in range(count)]
-    if not marker.exists() or json.loads(marker.read_text()) != wanted:
+    if not marker.exists() or json.loads(marker.read_bytes()) != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         leaves = sorted({name.rsplit(".", 1)[1] for name in shapes})
@@ -142,11 +143,11 @@ def write_adapters(
             a, b = factors(name, shapes[name], index, fixture, rank, seed)
             layer.lora_A["default"].weight, layer.lora_B["default"].weight = nn.Parameter(a), nn.Parameter(b)
 
-        with _one_thread_each(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with _one_thread_each(), ThreadPoolExecutor(min(4, available_cores())) as pool:
             for i, path in enumerate(paths):
                 list(pool.map(fill, shapes, [i] * len(shapes)))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # PEFT looks for a base model's config on the Hub and finds none
                     model.save_pretrained(path)
-        marker.write_text(json.dumps(wanted))
+        marker.write_text(json.dumps(wanted), encoding="utf-8")
     return [str(p) for p in paths]

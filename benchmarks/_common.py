@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -28,6 +29,13 @@ FLAGS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "b
 CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
+def print_anything() -> None:
+    """Write "?" for what the console's encoding lacks; `print_anything` of peft_attrsub without importing it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
     """CPU model, its vector instructions, caps on them, usable cores and RAM; nothing that names the host or a folder.
 
@@ -47,13 +55,14 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
         ram = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         ram = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from peft_attrsub._machine import available_cores  # here: other interpreters run parts of this file without it
+
     caps = {name: os.environ[name] for name in CAPS if name in os.environ}
     return {
         "cpu": model,
         "cpu_flags": flags,
         "cpu_caps": caps,
-        "cores": cores,
+        "cores": available_cores(),
         "ram_gib": ram,
         "system": platform.system(),
     }
@@ -99,7 +108,7 @@ def write_result(result: dict, name: str, output: str | None, quick: bool) -> No
     path = Path(output) if output else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
@@ -132,7 +141,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> None:
 
 def _status_mib(*fields: str) -> dict[str, float]:
     found = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         key, _, rest = line.partition(":")
         if key in fields:
             found[key] = int(rest.split()[0]) / 1024
@@ -152,7 +161,7 @@ class PeakMemory:
         if self.known:
             with contextlib.suppress(OSError):
                 # The mark still holds the peak of the imports; 5 resets it to the present value.
-                Path("/proc/self/clear_refs").write_text("5")
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self.start = _status_mib("VmRSS", "RssAnon")
             self.high = self.start["RssAnon"]
             self.stop = threading.Event()
@@ -196,10 +205,10 @@ def run_child(job: dict, python: str | None = None) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [python or sys.executable, str(HERE / "_contenders.py"), json.dumps(job), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode or not result.exists():
             raise RuntimeError(f"contender {job['contender']} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        return json.loads(result.read_text())
+        return json.loads(result.read_bytes())
 
 
 def write_figure(path: Path, figure: Any) -> None:

@@ -27,7 +27,7 @@ def weights_file(folder: str) -> str:
 
 
 def scaling(folder: str) -> float:
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return config["lora_alpha"] / config["r"]
 
 
@@ -182,4 +182,4 @@ def run(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(run(json.loads(sys.argv[1]))))
+    Path(sys.argv[2]).write_text(json.dumps(run(json.loads(sys.argv[1]))), encoding="utf-8")

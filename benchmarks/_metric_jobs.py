@@ -120,13 +120,13 @@ CONTENDERS = {"default": ours, "exact": ours, "longest_icp": longest_icp, "open3
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_bytes())
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["cores"]])
     folder = Path(job["folder"])
     if job["contender"] == "scene":
         write_scene(folder, job["views"], job["size"], job["seed"])
-        Path(sys.argv[2]).write_text("{}")
+        Path(sys.argv[2]).write_text("{}", encoding="utf-8")
         return
     import numpy as np
     from _common import PeakMemory, Timer, load
@@ -138,7 +138,8 @@ def main() -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        Path(sys.argv[2]).write_text(json.dumps({"missing": f"{package} cannot be imported ({error})"}))
+        found = {"missing": f"{package} cannot be imported ({error})"}
+        Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
         return
     before = load()
     run = contender(*(np.load(folder / f"{name}.npy") for name in ("pred", "truth")), job)
@@ -146,7 +147,7 @@ def main() -> None:
         values = run()
     name = package.partition(".")[0]
     found = {"values": values, "load": before, "versions": {name: str(sys.modules[name].__version__)}}
-    Path(sys.argv[2]).write_text(json.dumps(found | timer.report() | memory.report()))
+    Path(sys.argv[2]).write_text(json.dumps(found | timer.report() | memory.report()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def raycast(job: dict) -> dict:
 
 def memory(job: dict) -> dict:
     """Resident memory after each scene of a long run, in MiB."""
-    from peft_attrsub.scenes.memory import release
+    from peft_attrsub._machine import release_memory
     from peft_attrsub.scenes.raycast import RaycastRenderer
     from peft_attrsub.scenes.storage import SceneWriter
 
@@ -115,7 +115,7 @@ def memory(job: dict) -> dict:
                 for view in views:
                     writer.add(view, renderer.render(view))
             del renderer, writer
-            release()
+            release_memory()
             after.append(round(_status_mib("VmRSS").get("VmRSS", 0.0), 1) if Path("/proc/self/status").exists() else 0)
     return {"rss_mib": after, "seconds": timer.wall}
 
@@ -167,9 +167,9 @@ JOBS = {"probe": probe, "mesh": mesh, "raycast": raycast, "memory": memory, "cyc
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_bytes())
     stand_in()
-    Path(sys.argv[2]).write_text(json.dumps(JOBS[job["kind"]](job)))
+    Path(sys.argv[2]).write_text(json.dumps(JOBS[job["kind"]](job)), encoding="utf-8")
 
 
 if __name__ == "__main__":

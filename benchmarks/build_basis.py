@@ -18,7 +18,7 @@ from pathlib import Path
 
 import _contenders
 from _adapters import FIXTURES, LINEARS, vggt_shapes, write_adapters
-from _common import header, median, run_child, summary, table, write_result
+from _common import header, median, print_anything, run_child, summary, table, write_result
 
 RULES = {
     "seconds": "from the adapters' paths to the basis in memory, without imports; median over rounds; files in the "
@@ -380,4 +380,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

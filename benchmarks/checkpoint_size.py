@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from _adapters import vggt_shapes
 from _bases import hollow_model, write_basis
-from _common import header, table, write_result
+from _common import header, print_anything, table, write_result
 from peft import LoraConfig, PeftConfig, PsoftConfig, VeraConfig, get_peft_model
 
 from peft_attrsub import AttrSubspaceConfig
@@ -89,4 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

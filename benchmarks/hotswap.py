@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from _adapters import vggt_shapes
 from _bases import hollow_model, write_basis
-from _common import PeakMemory, Timer, header, median, summary, table, write_result
+from _common import PeakMemory, Timer, header, median, print_anything, summary, table, write_result
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap
 
@@ -132,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

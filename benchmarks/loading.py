@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from _adapters import vggt_shapes
 from _bases import hollow_model, write_basis
-from _common import PeakMemory, Timer, header, summary, table, write_result
+from _common import PeakMemory, Timer, header, print_anything, summary, table, write_result
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -70,7 +70,7 @@ def child(job: dict) -> dict:
         output = Path(scratch) / "round.json"
         command = [sys.executable, __file__, "--job", json.dumps(job), "--output", str(output)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(output.read_text())
+        return json.loads(output.read_bytes())
 
 
 def row(rounds: list[dict], needed: int) -> dict:
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        Path(args.output).write_text(json.dumps(measure(json.loads(args.job))))
+        Path(args.output).write_text(json.dumps(measure(json.loads(args.job))), encoding="utf-8")
         return
     args.rounds = 1 if args.quick else args.rounds
     result = header("loading", args.seed, args.quick, rounds=args.rounds, model="vggt-1b")
@@ -165,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

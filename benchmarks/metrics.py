@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _common import HERE, header, load, median, summary, table, write_result
+from _common import HERE, header, load, median, print_anything, summary, table, write_result
 from _metric_jobs import VALUES
 
 VIEWS = 8
@@ -50,13 +50,14 @@ def child(job: dict) -> dict:
     """The job in a process of its own. PYTHONPATH stays: the metrics need nothing but this interpreter's packages."""
     with tempfile.TemporaryDirectory() as scratch:
         order, result = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        order.write_text(json.dumps(job))
+        order.write_text(json.dumps(job), encoding="utf-8")
         threads = {"OMP_NUM_THREADS": str(job.get("cores", 1))}
         command = [sys.executable, str(HERE / "_metric_jobs.py"), str(order), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+        environment = {**os.environ, **threads}
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         if done.returncode or not result.exists():
             raise RuntimeError(f"the job {job} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-        return json.loads(result.read_text())
+        return json.loads(result.read_bytes())
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

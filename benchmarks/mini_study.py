@@ -169,4 +169,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    _common.print_anything()
     raise SystemExit(main())

@@ -15,7 +15,7 @@ import warnings
 from functools import partial
 
 import torch
-from _common import Timer, header, median, summary, table, write_result
+from _common import Timer, header, median, print_anything, summary, table, write_result
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -206,4 +206,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

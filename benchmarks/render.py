@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from _common import HERE, header, load, median, summary, table, write_result
+from _common import HERE, header, load, machine, median, print_anything, summary, table, write_result
 
 MILESTONES = (1, 10, 50, 100, 200)
 RULES = {
@@ -54,11 +54,17 @@ def child(job: dict, python: str | None = None):
     """A process with `job`; yields (process, where its result will be)."""
     with tempfile.TemporaryDirectory() as scratch:
         order, result, log = (Path(scratch) / name for name in ("job.json", "result.json", "log"))
-        order.write_text(json.dumps(job))
+        order.write_text(json.dumps(job), encoding="utf-8")
         command = [python or sys.executable, str(HERE / "_render_jobs.py"), str(order), str(result)]
-        with log.open("w") as errors:
+        with log.open("w", encoding="utf-8") as errors:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=clean()
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+                errors="replace",
+                env=clean(),
             )
             try:
                 yield process, result, log
@@ -66,6 +72,11 @@ def child(job: dict, python: str | None = None):
                 if process.poll() is None:
                     process.kill()
                 process.communicate()
+
+
+def tail(log: Path) -> str:
+    """The end of a log, whatever its bytes."""
+    return log.read_text(encoding="utf-8", errors="replace")[-4000:]
 
 
 def clean() -> dict[str, str]:
@@ -76,8 +87,8 @@ def clean() -> dict[str, str]:
 def finished(job: dict, process: subprocess.Popen, result: Path, log: Path) -> dict:
     process.communicate()
     if process.returncode or not result.exists():
-        raise RuntimeError(f"the job {job['kind']} failed:\n{log.read_text()[-4000:]}")
-    return json.loads(result.read_text())
+        raise RuntimeError(f"the job {job['kind']} failed:\n{tail(log)}")
+    return json.loads(result.read_bytes())
 
 
 def alone(job: dict, python: str | None = None) -> dict:
@@ -92,7 +103,7 @@ def together(jobs: list[dict]) -> list[dict]:
         for process, _, log in running:
             if process.stdout.readline().strip() != "ready":
                 process.wait()
-                raise RuntimeError(f"a renderer did not start:\n{log.read_text()[-4000:]}")
+                raise RuntimeError(f"a renderer did not start:\n{tail(log)}")
         for process, _, _ in running:
             process.stdin.write("go\n")
             process.stdin.flush()
@@ -120,7 +131,7 @@ def ray_casting(bench: Bench) -> list[dict]:
         for place, case in enumerate(cases):
             share = {"size": case["size"], "views": case["views"], "supersample": bench.args.supersample}
             count = case["processes"]
-            threads = max(1, (os.cpu_count() or 1) // count) if count > 1 else 0
+            threads = max(1, machine()["cores"] // count) if count > 1 else 0
             runs = together([bench.job("raycast", scene=n, threads=threads, **share) for n in range(count)])
             seconds = max(run["end"] for run in runs) - min(run["start"] for run in runs)
             rate = sum(run["views"] for run in runs) / seconds
@@ -274,4 +285,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from _adapters import vggt_shapes, write_adapters
-from _common import PeakMemory, Timer, header, summary, table, write_result
+from _common import PeakMemory, Timer, header, print_anything, summary, table, write_result
 
 from peft_attrsub import Basis, build_basis
 from peft_attrsub.analysis import analyse, captured_energy, save_figures, write_report
@@ -223,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

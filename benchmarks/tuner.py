@@ -20,7 +20,7 @@ import time
 import warnings
 
 import torch
-from _common import header, median, summary, table, write_result
+from _common import header, median, print_anything, summary, table, write_result
 from _forward_modes import RULES as MODE_RULES
 from _forward_modes import bfloat16_errors, crossover, fit
 from peft import LoraConfig, PsoftConfig, VeraConfig, get_peft_model
@@ -261,4 +261,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

@@ -19,7 +19,7 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
-from _common import PeakMemory, Timer, header, load, summary, table, write_result
+from _common import PeakMemory, Timer, header, load, print_anything, summary, table, write_result
 
 from peft_attrsub import AttrSubspaceConfig
 from peft_attrsub.vggt import VggtConfig, VggtModel
@@ -206,4 +206,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

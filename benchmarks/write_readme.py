@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import pages
-from _common import write_figure
+from _common import print_anything, write_figure
 
 HERE = Path(__file__).resolve().parent
 # The order of the sections; a page that is not named here comes after them.
@@ -232,4 +232,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import shutil
 import statistics
@@ -127,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileExistsError as error:
         parser.error(str(error))
     summary = {"quick": args.quick} | run_demo(args.out, settings, args.workers)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print_summary(summary)
     print(f"All numbers: {args.out / 'summary.json'}; the basis to look at in a browser: {args.out / 'report.html'}")
     return 0
@@ -176,9 +175,11 @@ def run_demo(out: Path, settings: Settings, workers: int) -> Result:
     with timed("export"):
         export = reload_and_export(out, settings)
     seconds["total"] = round(sum(seconds.values()), 1)
+    from peft_attrsub._machine import available_cores
+
     return {
         "versions": versions(),
-        "machine": {"cores": os.cpu_count(), "workers": workers},
+        "machine": {"cores": available_cores(), "workers": workers},
         "settings": asdict(settings),
         "base": base,
         "source_adapters": sources,
@@ -383,4 +384,6 @@ def print_summary(summary: Result) -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a "?" for what the console's encoding lacks
     sys.exit(main())

@@ -6,8 +6,8 @@ It loads neither PEFT nor torch: the names below are imported on their first use
 
 from typing import TYPE_CHECKING
 
+from ._lazy import lazy_names
 from .basis.card import add_section
-from .lazy import lazy_names
 from .peft_hook import install
 
 if TYPE_CHECKING:

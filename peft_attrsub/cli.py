@@ -381,6 +381,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
+    from ._machine import print_anything
+
+    print_anything()
     app()
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_attrsub._machine import available_cores
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "digits.py"
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install peft-attrsub[demo]")
@@ -31,7 +33,7 @@ def test_quick_run_goes_through_all_parts(tmp_path: Path) -> None:
     assert summary["quick"] is True
     assert {"versions", "machine", "settings", "base", "source_adapters", "methods", "export"} < set(summary)
     assert {"peft_attrsub", "python", "peft", "transformers", "torch", "scikit-learn"} == set(summary["versions"])
-    assert summary["machine"]["cores"] == os.cpu_count()
+    assert summary["machine"]["cores"] == available_cores()
     assert summary["settings"]["seed"] == 0
 
     adapters = sorted(path.name for path in (out / "adapters").iterdir())

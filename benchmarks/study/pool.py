@@ -101,6 +101,9 @@ def prepare(logs: str | None, parent: int | None) -> None:
     """Make a process ready for jobs: one thread, and what it prints goes to a file. logs: None prints as usual."""
     import torch
 
+    from peft_attrsub._machine import print_anything
+
+    print_anything()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if logs is None or parent is None:

@@ -145,8 +145,8 @@ def git_revision() -> str | None:
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        found = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-        return found.stdout.strip()
+        found = subprocess.run(["git", *arguments], cwd=here, capture_output=True, check=True)
+        return found.stdout.decode("utf-8", "replace").strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -60,4 +60,6 @@ def check(data: Any) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from _console import run
+
+    run(main)

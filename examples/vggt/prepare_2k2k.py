@@ -50,4 +50,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run())
+    from _console import run as start
+
+    start(run)

@@ -134,7 +134,7 @@ def subset_scene(source: Path, target: Path, every: int, link: str | None) -> li
             stale.unlink()
     place(source / METADATA, partial / METADATA, link)
     save_cameras(cameras, partial / CACHE, file_stamp(partial / METADATA))
-    (partial / RECORD).write_text(json.dumps(record) + "\n")
+    (partial / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(partial, target)
     return summary(cameras, good, bad)
 
@@ -211,4 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from _console import run
+
+    run(main)

@@ -157,15 +157,14 @@ def find_faces(folder: Path) -> list[Face]:
 
 def read_picture(path: Path) -> np.ndarray:
     """(H, W, 3) uint8, upright. FileNotFoundError or ValueError names the file."""
-    from PIL import Image, ImageOps
+    from peft_attrsub._pictures import decode_picture, to_rgba
 
     try:
-        with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        return np.ascontiguousarray(to_rgba(decode_picture(path, upright=True))[..., :3])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no readable picture ({error}): remove it, or fetch it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable picture ({error}): remove it, or fetch it again.") from error
 
 
 def tilts(views: int) -> list[tuple[float, float]]:
@@ -350,4 +349,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from _console import run
+
+    run(main)

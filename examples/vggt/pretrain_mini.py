@@ -127,4 +127,6 @@ def _run(given: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from _console import run
+
+    run(main)

@@ -155,7 +155,7 @@ class LoraAdapter:
                 f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown."
             )
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_bytes())
         except ValueError as error:
             raise BasisError(f"{str(path)!r} is not valid JSON: {error}.") from error
         if not isinstance(config, dict):

@@ -305,7 +305,7 @@ class Basis:
         with atomic_folder(folder, CONFIG_NAME, overwrite) as beside:
             config = write_basis(self, beside, dtype, max_shard_size)
             name = os.path.basename(os.path.abspath(folder))
-            (beside / "README.md").write_text(model_card(Basis(config, self._blocks), name))
+            (beside / "README.md").write_text(model_card(Basis(config, self._blocks), name), encoding="utf-8")
         if config.dtype == self.config.dtype:
             self.config, self._digest = config, None
             self.source, self.revision = os.fspath(folder), None

@@ -119,7 +119,7 @@ def read_config(folder: Path, name: str | os.PathLike[str]) -> BasisConfig:
         hint = " (it holds a PEFT adapter)" if (folder / "adapter_config.json").is_file() else ""
         raise BasisError(f"{os.fspath(name)!r} has no {CONFIG_NAME}, so it is no basis{hint}.")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
     except ValueError as error:
         raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
     return BasisConfig.from_dict(record, str(path))

@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .._files import open_to_others, sync_path, write_atomically
+from .._machine import is_running
 from .errors import BasisError
 
 #: Files of an adapter that PEFT has saved.
@@ -23,7 +25,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @contextlib.contextmanager
 def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a folder beside `target`; on success it becomes `target`, on failure nothing is left.
+    """Yield a folder next to `target`; on success it becomes `target`, on failure nothing is left.
 
     `marker` is the file by which a folder of this kind is known: with `overwrite` only such a folder (or an
     empty one) is replaced, in one step, so that a reader sees the old one or the new one.
@@ -38,8 +40,8 @@ def atomic_folder(target: str | os.PathLike[str], marker: str, overwrite: bool =
         yield beside
         for path in beside.rglob("*"):
             if path.is_file():
-                _sync(path)
-        beside.chmod(0o777 & ~_umask())
+                sync_path(path)
+        open_to_others(beside)
         check_writable(final, marker, overwrite)
         _swap_in(beside, final)
     finally:
@@ -50,20 +52,9 @@ def write_file(target: str | os.PathLike[str], text: str) -> Path:
     """Write a text file beside `target` and rename it: a reader sees the old file or the whole new one."""
     final = check_file(target)
     try:
-        handle, beside = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
+        return write_atomically(final, text.encode())
     except OSError as error:
         raise BasisError(f"{str(final)!r} cannot be written: {error.strerror}; give another path.") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, final)
-    except BaseException:
-        os.unlink(beside)
-        raise
-    return final
 
 
 def check_file(target: str | os.PathLike[str]) -> Path:
@@ -78,23 +69,13 @@ def check_file(target: str | os.PathLike[str]) -> Path:
     return final
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _clear_abandoned(final: Path) -> None:
     """Remove what a killed process of this machine left while it was writing the same folder."""
     prefix = f".{final.name}.partial-{platform.node()}-"
     for path in final.parent.glob(f"{glob.escape(prefix)}*"):
         owner = path.name.removeprefix(prefix).partition("-")[0]
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
+        if owner.isdecimal() and not is_running(int(owner)):
             shutil.rmtree(path, ignore_errors=True)
-        except (ValueError, OSError):
-            continue
 
 
 def check_writable(final: Path, marker: str, overwrite: bool) -> None:
@@ -112,32 +93,43 @@ def check_writable(final: Path, marker: str, overwrite: bool) -> None:
 def _swap_in(beside: Path, final: Path) -> None:
     """Rename `beside` to `final`; what was there before ends up under the other name."""
     if not final.exists() or not any(final.iterdir()):
+        if os.name == "nt" and final.exists():
+            final.rmdir()  # elsewhere an empty folder may be renamed over
         os.rename(beside, final)
     elif not _exchange(beside, final):
         # No atomic exchange on this system: keep the old folder until the new one has its name.
         old = final.with_name(f".{final.name}.replaced-{os.getpid()}")
-        os.rename(final, old)
-        os.rename(beside, final)
+        _move(final, old)
+        try:
+            os.rename(beside, final)
+        except OSError:
+            os.rename(old, final)
+            raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(folder: Path, new: Path) -> None:
+    try:
+        os.rename(folder, new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # overlayfs cannot rename a folder of a lower layer, only copy it
+            raise
+        shutil.move(folder, new)
 
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two folders in one step (Linux renameat2)."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # musl, macOS; Windows
         return False
     if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+    # EXDEV: overlayfs, for a folder of a lower layer. EPERM: a system call filter of a container.
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM):
         return False
     raise OSError(code, os.strerror(code), str(b))
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:

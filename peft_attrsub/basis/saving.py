@@ -64,7 +64,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
     _write_tensors(tensors, folder, max_shard_size)
     if small:
         _save(small, folder / RECORDS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
     return config
 
 
@@ -76,7 +76,7 @@ def push_basis(
         folder = Path(name)
         config = write_basis(basis, folder, None, "5GB")
         card = full_card(type(basis)(config, basis._blocks), target.repo_id, folder, license)
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         return config, push_folder(folder, target, [*PATTERNS, FIGURES], commit_message)
 
 
@@ -102,7 +102,7 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int
         _save({key: tensors[key] for key in keys}, folder / (name if plan.is_sharded else TENSORS_NAME))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -124,7 +124,7 @@ def tensor_files(folder: Path) -> list[str]:
     if not index.is_file():
         return [TENSORS_NAME]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = any(Path(name).name != name for name in names)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BasisError(f"{str(index)!r} is damaged: {error!r}; copy or build the basis again.") from error

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._pictures import decode_picture
 from ..scenes.view import need
 from .base import Frames, MultiViewDataset
 from .clearpose_cameras import SceneCameras, scene_cameras
@@ -110,14 +111,14 @@ def usable_frames(
 
 def read_picture(path: Path, mode: str) -> np.ndarray:
     """A picture as (H, W, 3) uint8 for the mode "RGB", or as its plain numbers (H, W) for "L"; errors name it."""
-    pillow = need("PIL.Image", "reading ClearPose")
+    need("PIL.Image", "reading ClearPose")
     try:
-        with pillow.open(path) as picture:
-            array = np.asarray(picture.convert("RGB") if mode == "RGB" else picture)
+        picture = decode_picture(path)
+        array = np.asarray(picture.convert("RGB") if mode == "RGB" else picture)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: the scene was not downloaded as a whole.") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no readable picture ({error}): download it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable picture ({error}): download it again.") from error
     if array.ndim != (3 if mode == "RGB" else 2):
         raise ValueError(f"{path} has the shape {array.shape}: expected one number per pixel.")
     return array

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..scenes.view import decode_srgb, encode_srgb, need
+from .._pictures import decode_picture, to_rgba
+from ..scenes.view import decode_srgb, encode_srgb
 
 Singles = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -184,11 +185,10 @@ def _texture(read: Any, path: Path) -> Bytes | None:
     if len(set(names)) > 1:  # trimesh has packed them into one, and changed uv to fit
         return np.asarray(read.visual.material.image.convert("RGB"), np.uint8)
     try:
-        with need("PIL.Image", "reading textures").open(path.parent / names[0]) as picture:
-            return np.asarray(picture.convert("RGB"), np.uint8)
-    except (OSError, SyntaxError, ValueError) as error:
+        return np.ascontiguousarray(to_rgba(decode_picture(path.parent / names[0]))[..., :3])
+    except ValueError as error:
         raise ValueError(
-            f"{path.parent / names[0]}, the texture of {path}, is no readable picture ({error}): download it again."
+            f"{path.parent / names[0]}, the texture of {path}, is not a readable picture ({error}): download it again."
         ) from error
 
 

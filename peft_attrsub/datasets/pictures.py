@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._pictures import decode_picture, to_rgba
 from ..scenes.view import need
 
 #: What a channel of planar z is called: by us, by Blender (also in a layer: "ViewLayer.Depth.Z"), as grey, as colour.
@@ -14,20 +15,20 @@ DEPTH_CHANNELS = ("V", "Z", "Y", "R")
 
 
 def read_colour(path: Path) -> np.ndarray:
-    """A picture (PNG, JPEG) as (H, W, 3) float32 in [0, 1]; where it has alpha, laid on white.
+    """A picture (PNG, JPEG, ...) as (H, W, 3) float32 in [0, 1]; where it has alpha, laid on white.
 
-    colour = a c + (1 - a), for alpha a and colours c that are not multiplied by it, both 8 bits on disk.
+    colour = a c + (1 - a), for alpha a and colours c that are not multiplied by it; 16 bits are brought to 8. The
+    pixels are as stored, whatever the EXIF orientation: depth and masks belong to them.
     """
-    pillow = need("PIL.Image", "reading pictures")
+    need("PIL.Image", "reading pictures")
     try:
-        with pillow.open(path) as picture:
-            rgba = np.asarray(picture.convert("RGBA"), np.float32) / 255
+        rgba = np.asarray(to_rgba(decode_picture(path)), np.float32) / 255
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} does not exist: the sequence is not complete, fetch or make it again."
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no readable picture ({error}): fetch or make it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable picture ({error}): fetch or make it again.") from error
     alpha = rgba[..., 3:]
     colour: np.ndarray = rgba[..., :3] * alpha + (1 - alpha)
     return colour

@@ -22,6 +22,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from .._files import lock
 from ..scenes import pixels
 from ..scenes.storage import json_bytes, write_atomically
 from .sample import RIGID
@@ -166,17 +167,15 @@ class RenderedWriter:
 
 def _locked(path: Path, folder: Path) -> IO[bytes]:
     """The file, locked against other processes until it is closed or the process ends."""
-    import fcntl
-
-    lock = path.open("wb")
+    file = path.open("wb")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError as error:
-        lock.close()
+        file.close()
         raise BlockingIOError(
             error.errno, f"another process is writing {folder}: wait for it, or choose another folder"
         ) from error
-    return lock
+    return file
 
 
 def _check(

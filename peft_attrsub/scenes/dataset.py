@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import locked
 from .storage import MANIFEST, SceneFormat, json_bytes, read_json, read_manifest, write_atomically
 
 FORMAT = 1
@@ -229,17 +230,10 @@ class Dataset:
 
         The lock goes with the process, however it ends. BlockingIOError where another run holds it.
         """
-        import fcntl
-
         folder = self.folder / WORK / f"rank-{rank}"
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(
-                    error.errno, f"another run is writing to {self.folder}: wait for it, or choose another folder"
-                ) from error
+        busy = f"another run is writing to {self.folder}: wait for it, or choose another folder"
+        with locked(folder / "lock", busy):
             _empty(folder)
             if rank == 0:
                 for other in (self.folder / WORK).glob("rank-*"):

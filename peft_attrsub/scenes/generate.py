@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .._machine import cores_per_process
 from .dataset import SHEET, Dataset, make_plan, scene_name
 from .maps import TEXTURES
 from .pool import Job, Pool
@@ -152,7 +153,7 @@ def run(
         workers = default_workers(dataset.plan["renderer"]) if workers is None else workers
         # Several workers share the cores; one alone leaves the choice to its renderer.
         busy = min(workers, len(jobs))
-        threads = max(1, cores() // busy) if busy > 1 else None
+        threads = max(1, cores_per_process() // busy) if busy > 1 else None
         pool = Pool(
             {"plan": dataset.plan, "tag": dataset.tag, "threads": threads},
             workers,
@@ -207,14 +208,8 @@ def share() -> tuple[int, int]:
 
 
 def default_workers(renderer: str) -> int:
-    """One per core of `cores`; 1 for Cycles, which takes all."""
-    return 1 if renderer == RENDERERS["cycles"] else cores()
-
-
-def cores() -> int:
-    """How many cores this process may use, without its neighbours' share."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)))
+    """One per core of `cores_per_process`; 1 for Cycles, which takes all."""
+    return 1 if renderer == RENDERERS["cycles"] else cores_per_process()
 
 
 AFTER_FULL = "make room and run the same command again, it continues where it stopped."

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._pictures import decode_picture
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -171,9 +173,8 @@ def _first(paths: list[str], size: int, colour: bool = False) -> Pixels | None:
     image = _pillow()
     for path in paths:
         try:
-            with image.open(path) as picture:
-                return _values(picture, size, colour, image)
-        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+            return _values(decode_picture(path), size, colour, image)
+        except (OSError, ValueError) as error:
             warnings.warn(f"{path} cannot be read and is left out: {error}", stacklevel=3)
     return None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._pictures import decode_picture
 from .view import need
 
 FARTHEST = 65.535  # metres: the largest 16-bit number of millimetres
@@ -63,14 +64,14 @@ def encode_depth(depth: np.ndarray, kind: str) -> bytes:
 
 def decode(data: bytes, where: Path) -> np.ndarray:
     """The array in a PNG or JPEG: (H, W, 3) uint8, or (H, W) uint16 for a greyscale; a ValueError names the file."""
-    pillow = need("PIL.Image", "reading pictures")
+    need("PIL.Image", "reading pictures")
     try:
-        with pillow.open(io.BytesIO(data)) as picture:
-            if picture.mode.startswith("I"):
-                return np.asarray(picture).astype(np.uint16)
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{where} is no readable picture ({error}): repair the dataset.") from error
+        picture = decode_picture(data)
+        if picture.mode.startswith("I"):
+            return np.asarray(picture).astype(np.uint16)
+        return np.asarray(picture.convert("RGB"))
+    except ValueError as error:
+        raise ValueError(f"{where} is not a readable picture ({error}): repair the dataset.") from error
 
 
 def decode_depth(data: bytes, where: Path) -> np.ndarray:

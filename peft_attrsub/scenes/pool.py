@@ -76,6 +76,8 @@ class Pool:
     _slots: list[_Worker | None] = field(default_factory=list)
 
     def run(self, jobs: Iterable[Job]) -> Generator[Result, None, None]:
+        if os.name == "nt":
+            raise OSError("scenes are rendered by worker processes, which need Linux or macOS: use WSL on Windows.")
         waiting, attempts = deque(jobs), dict[int, int]()
         self._slots = [None] * max(1, min(self.workers, len(waiting)))
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ class Pool:
                 if self.stopping and (self.kill or not told):
                     told = True
                     for worker in filter(None, self._slots):
-                        worker.process.send_signal(signal.SIGKILL if self.kill else signal.SIGTERM)
+                        worker.process.kill() if self.kill else worker.process.terminate()
                 for number, job, result in self._listen():
                     if result.kind in ("error", "died") and not (self.stopping or self.draining):
                         self._end(number)

@@ -8,7 +8,6 @@ for every view; a ray's hit is the nearer of the two trees'.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from .._machine import available_cores
 from .description import Camera, Light, Scene
 from .filtering import Maps, TextureTable
 from .posed import moving_ids, object_poses, part_of, pose_mesh
@@ -93,7 +93,7 @@ class RaycastRenderer:
         count = 4 * -(-height * width // (4 * CHUNK))
         bounds = [height * width * number // count for number in range(count + 1)]
         # While one part is in numpy, which lets go of the interpreter, another one casts its rays.
-        with ThreadPoolExecutor(self._threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(self._threads or available_cores()) as pool:
             parts = list(pool.map(lambda first, last: self._part(camera, first, last), bounds, bounds[1:]))
         rgb, depth, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
         return View(rgb.reshape(height, width, 3), depth.reshape(height, width), ids.reshape(height, width))

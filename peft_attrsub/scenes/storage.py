@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from .._files import write_atomically as write_atomically  # for those who write into datasets
 from . import pixels
 from .description import Camera, Scene
 from .posed import moving_ids
@@ -58,19 +58,6 @@ class SceneFormat:
             "depth": f"depth/{index:05d}{pixels.DEPTH_SUFFIX[self.depth]}",
             "ids": f"masks/{index:05d}.png",
         }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the whole new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def json_bytes(record: Any) -> bytes:

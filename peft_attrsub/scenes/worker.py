@@ -52,7 +52,7 @@ def die_with(parent: int) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError, ImportError):
+    except (OSError, AttributeError, ImportError, TypeError):
         pass  # elsewhere the worker notices at the end of its scene, by the end of its standard input
     if os.getppid() != parent:
         raise SystemExit(0)
@@ -158,13 +158,13 @@ def main() -> None:
     die_with(setup["parent"])
     sys.path[:] = setup["path"]
     stand_in(setup["package"])
-    release: Callable[[], None] = load("peft_attrsub.scenes.memory:release")
+    release: Callable[[], None] = load("peft_attrsub._machine:release_memory")
     maker: SceneMaker | None = None
     for line in iter(sys.stdin.buffer.readline, b""):
         stop.idle = False
         job = json.loads(line)
         start = time.monotonic()
-        print(f"{time.strftime('%F %T')} scene {job['index']}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} scene {job['index']}", file=sys.stderr, flush=True)
         try:
             maker = maker or SceneMaker(setup["plan"], setup["tag"], stop, setup["threads"])
             reply = attempt(maker, job)

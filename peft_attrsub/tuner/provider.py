@@ -9,12 +9,12 @@ from functools import cached_property
 
 from torch import Tensor
 
+from .._machine import release_memory
 from ..basis import Basis, BasisError
 from ..basis.ahead import ReadAhead
 from ..basis.joint import Stored, join, spectral_weights
 from ..basis.layout import ModuleLayout
 from ..basis.linalg import principal_svd
-from ..basis.memory import give_back
 from ..basis.naming import nearest, some
 from ..basis.weights import random_factors
 from .config import AttrSubspaceConfig
@@ -125,7 +125,7 @@ class BasisProvider:
             read = self._basis.stored if self._ahead is None else self._ahead.get
             a, b, slices = join(read(module), config.columns)
             self._count_dropped(module, slices)
-            give_back()
+            release_memory()
             return Bases(a, b, slices, self.key(module))
         if config.basis == "random":
             u, s, v = random_factors(layout, config.generated_dim, config.seed, module)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
@@ -16,19 +13,13 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_vggt import VggtConfig
+from .image_input import read_scene, scenes_of
 from .shipped import find_shipped
 
 if TYPE_CHECKING:
     from PIL import Image
 
 MODES = ("crop", "pad", "square")
-
-#: Floats may leave [0, 1] by this much, as resampled images do; they are clipped.
-_SLACK = 1e-3
-_KINDS = (
-    "a PIL image, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), a tensor (1, H, W), (3, H, W) or (4, H, W), "
-    "or the path of an image file"
-)
 
 
 class VggtImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -38,6 +29,7 @@ class VggtImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     image_size: int
     patch_size: int
     pad_views: bool
+    bit_depth: int | None
 
 
 class VggtImageProcessor(BaseImageProcessor):
@@ -55,11 +47,20 @@ class VggtImageProcessor(BaseImageProcessor):
     model's own business: nothing is normalised here. The defaults are those of facebook/VGGT-1B.
 
     An image is a PIL image, a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), a tensor (1, H, W), (3, H, W) or
-    (4, H, W), or the path of a file. One image or a list of images is one scene; a list of lists, or an array or
-    tensor with one axis more than a scene's, is a batch of scenes. Arrays and tensors hold uint8, uint16, or floats
-    in [0, 1]. All are brought to 8 bits a channel before they are resized, so the same picture gives the same pixels
-    in whatever form it comes. Transparency (also of palettes and of grey images) is laid on white, grey is repeated,
-    of an animation the first frame counts. PIL images and files are turned upright as their EXIF orientation says.
+    (4, H, W), or an image file: its path, its bytes, or the file opened in binary mode (io.BytesIO too). One image or
+    a list of images is one scene, and so is the path of a folder: its pictures in natural order (img2 before img10),
+    without hidden files and subfolders. A list of lists or folders, or an array or tensor with one axis more than a
+    scene's, is a batch of scenes. Arrays and tensors hold uint8, uint16, or floats in [0, 1].
+
+    All are brought to 8 bits a channel before they are resized, so the same picture gives the same pixels in whatever
+    form it comes. Transparency (also of palettes and of grey images) is laid on white, grey is repeated, of an
+    animation the first frame counts. PIL images and files are turned upright as their EXIF orientation says. HEIC and
+    HEIF files are read where pillow-heif is installed.
+
+    A value v of a 16-bit image becomes round(255 v / (2^bit_depth - 1)). Many cameras and scanners write 10 or 12 bits
+    into 16, which would come out nearly black: without bit_depth it is the smallest of 8, 10, 12 and 16 that holds
+    every 16-bit value of the scene, so it is the same for all views of a scene. Of 16-bit RGB files Pillow keeps the
+    upper 8 bits alone; a scene whose values then stay below 16 is refused, pass uint16 arrays instead.
 
     Args:
         mode: "crop", "pad" or "square".
@@ -68,6 +69,7 @@ class VggtImageProcessor(BaseImageProcessor):
         pad_views: scenes of a batch may have different numbers of views: shorter ones repeat their last view, and
             the output holds `view_mask` (B, S), False for the repeats. The model knows of no mask: the repeats take
             part in its attention, which is why it is a view again and not an empty image.
+        bit_depth: bits that the values of 16-bit images use, from 8 to 16; None decides for each scene, as above.
 
     Source: arXiv 2503.11651 and its released inference recipe (crop, pad, square); EXIF, 16 bits and masks are ours.
     """
@@ -81,14 +83,16 @@ class VggtImageProcessor(BaseImageProcessor):
         image_size: int = 518,
         patch_size: int = 14,
         pad_views: bool = False,
+        bit_depth: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_settings(mode, image_size, patch_size)
+        _check_settings(mode, image_size, patch_size, bit_depth)
         self.mode = mode
         self.image_size = image_size
         self.patch_size = patch_size
         self.pad_views = pad_views
+        self.bit_depth = bit_depth
 
     @classmethod
     def get_image_processor_dict(
@@ -104,6 +108,7 @@ class VggtImageProcessor(BaseImageProcessor):
         image_size: int | None = None,
         patch_size: int | None = None,
         pad_views: bool | None = None,
+        bit_depth: int | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """The pixels of one scene or of a batch of scenes; every argument but the images overrides the processor's.
@@ -117,17 +122,18 @@ class VggtImageProcessor(BaseImageProcessor):
                 (x - x1) w / (x2 - x1) of the image, and y likewise.
             view_mask (B, S): with pad_views only; False for views that were repeated.
 
-        Raises: ValueError that names the view (and its file) for what cannot be read as an image, and for scenes with
-            different numbers of views without pad_views.
+        Raises: ValueError that names the view (and its file) for what cannot be read as an image, for a folder
+            without pictures, and for scenes with different numbers of views without pad_views.
         """
         mode = self.mode if mode is None else mode
         side = self.image_size if image_size is None else image_size
         patch = self.patch_size if patch_size is None else patch_size
         pad_views = self.pad_views if pad_views is None else pad_views
-        _check_settings(mode, side, patch)
+        depth = self.bit_depth if bit_depth is None else bit_depth
+        _check_settings(mode, side, patch, depth)
         _check_pillow()
 
-        scenes = _scenes(images)
+        scenes = scenes_of(images)
         counts = [len(scene) for scene in scenes]
         views = max(counts)
         if min(counts) != views and not pad_views:
@@ -136,7 +142,9 @@ class VggtImageProcessor(BaseImageProcessor):
                 f"one by one, or pad_views=True to repeat the last view of the shorter ones."
             )
 
-        fitted = [[_fit(view, mode, side, patch) for view in _read_all(scene, b)] for b, scene in enumerate(scenes)]
+        fitted = [
+            read_scene(scene, b, depth, lambda image: _fit(image, mode, side, patch)) for b, scene in enumerate(scenes)
+        ]
         every = [view for scene in fitted for view in scene]
         height = max(pixels.shape[0] for pixels, _ in every)
         width = max(pixels.shape[1] for pixels, _ in every)
@@ -158,13 +166,15 @@ class VggtImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
-def _check_settings(mode: str, image_size: int, patch_size: int) -> None:
+def _check_settings(mode: str, image_size: int, patch_size: int, bit_depth: int | None) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is not known: choose from {', '.join(MODES)}.")
     if patch_size < 1 or image_size < 1 or image_size % patch_size:
         raise ValueError(
             f"image_size={image_size} cannot be cut into patches of {patch_size}: give a multiple of patch_size."
         )
+    if bit_depth is not None and not (isinstance(bit_depth, int) and 8 <= bit_depth <= 16):
+        raise ValueError(f"bit_depth={bit_depth!r} is not known: give an integer from 8 to 16, or None.")
 
 
 def _check_pillow() -> None:
@@ -172,116 +182,6 @@ def _check_pillow() -> None:
         import PIL.Image  # noqa: F401
     except ImportError as error:
         raise ImportError('VggtImageProcessor needs Pillow: pip install "peft-attrsub[vggt]".') from error
-
-
-# -------------------------------------------------------------------------------------------------- scenes and views
-
-
-def _scenes(images: Any) -> list[list[Any]]:
-    """What the caller gave, as a list of scenes, each a list of views."""
-    images = _unstacked(images)
-    if not isinstance(images, list):
-        return [[images]]
-    nested = [isinstance(one, list) for one in images]
-    if any(nested) and not all(nested):
-        raise ValueError(
-            "the list holds single images beside lists of images: give a list of images (one scene) or a list of "
-            "lists (a batch of scenes)."
-        )
-    scenes = images if any(nested) else [images]
-    for b, scene in enumerate(scenes):
-        if not scene:
-            raise ValueError(f"scene {b} has no images: give one or more.")
-        if any(isinstance(view, list) for view in scene):
-            raise ValueError("the images are nested too deeply: give a list of images or a list of lists of images.")
-    return scenes
-
-
-def _unstacked(images: Any) -> Any:
-    """Sequences, iterators and stacks of images as lists; a single image as it is."""
-    if isinstance(images, (list, tuple, Iterator)):
-        return [_unstacked(one) for one in images]
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim > 3:
-        return [_unstacked(one) for one in images]
-    return images
-
-
-# ------------------------------------------------------------------------------------------------ anything to RGB
-
-
-def _read_all(scene: list[Any], b: int) -> Iterator[Image.Image]:
-    for s, view in enumerate(scene):
-        try:
-            yield _upright_rgb(view)
-        except FileNotFoundError as error:
-            raise ValueError(f"{_named(view, s, b)} does not exist: check the path.") from error
-        except Exception as error:  # Pillow's decoders raise more than OSError
-            raise ValueError(f"{_named(view, s, b)} cannot be read as an image: {error}") from error
-
-
-def _named(view: Any, s: int, b: int) -> str:
-    path = view if isinstance(view, (str, os.PathLike)) else getattr(view, "filename", None)
-    return f"view {s} of scene {b}" + (f", the file {str(path)!r}," if path else "")
-
-
-def _upright_rgb(view: Any) -> Image.Image:
-    """Any image as an upright PIL image of mode RGB."""
-    from PIL import Image, ImageOps
-
-    if isinstance(view, (str, os.PathLike)):
-        with Image.open(view) as image:
-            return _rgb(ImageOps.exif_transpose(image))
-    if isinstance(view, Image.Image):
-        return _rgb(ImageOps.exif_transpose(view))
-    if isinstance(view, torch.Tensor):
-        if view.ndim != 3 or view.shape[0] not in (1, 3, 4):
-            raise ValueError(f"its shape is {tuple(view.shape)}, expected a tensor (1, H, W), (3, H, W) or (4, H, W).")
-        view = view.detach().cpu()
-        view = (view.float() if view.is_floating_point() else view).permute(1, 2, 0).numpy()
-    if isinstance(view, np.ndarray):
-        return _rgb(_from_array(view))
-    raise ValueError(f"it is of type {type(view).__name__}, expected {_KINDS}.")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode as RGB: transparency on white, 16 bits and floats to 8 bits."""
-    from PIL import Image
-
-    if 0 in image.size:
-        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at least one.")
-    if image.mode == "F" or image.mode.startswith("I"):  # convert() would clip these at 255
-        values = np.asarray(image)
-        if image.mode == "I":
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError("it holds integers beyond 16 bits, expected values from 0 to 65535.")
-            values = values.astype(np.uint16)
-        image = _from_array(values)
-    if "transparency" in image.info or image.mode.endswith(("A", "a")):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
-
-
-def _from_array(values: NDArray[Any]) -> Image.Image:
-    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 or floats in [0, 1] as a PIL image."""
-    from PIL import Image
-
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[:, :, 0]
-    if values.ndim != 2 and (values.ndim != 3 or values.shape[2] not in (3, 4)):
-        raise ValueError(f"its shape is {values.shape}, expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).")
-    if not values.size:
-        raise ValueError(f"its shape is {values.shape}: expected at least one pixel.")
-    if np.issubdtype(values.dtype, np.floating):
-        low, high = float(values.min()), float(values.max())
-        if not (low >= -_SLACK and high <= 1 + _SLACK):  # also what is not a number
-            raise ValueError(f"its floats go from {low:g} to {high:g}, expected [0, 1]: divide by 255, or pass uint8.")
-        values = np.rint(values.astype(np.float32).clip(0, 1) * 255)
-    elif values.dtype.newbyteorder("=") == np.uint16:
-        values = (values.astype(np.uint32) + 128) // 257
-    elif values.dtype != np.uint8:
-        raise ValueError(f"its numbers are {values.dtype}, expected uint8, uint16 or floats in [0, 1].")
-    return Image.fromarray(np.ascontiguousarray(values, np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------------- geometry

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._files import write_atomically
 from .cameras import at_least_float32, decode_pose, to_image_corner, to_pixel_centers, unproject
 from .image_processing_vggt import VggtImageProcessor
 from .precision import choose_precision, parse_dtype, parse_precision
@@ -170,8 +170,9 @@ def predict(
 
     Args:
         model: in eval mode while it runs; afterwards every module has its own mode again.
-        images: of one scene: what VggtImageProcessor takes, or what it gave, or pixels that are ready: a tensor of
-            floats (S, 3, H, W) or (1, S, 3, H, W) in [0, 1], H and W multiples of the patch size.
+        images: of one scene: what VggtImageProcessor takes (a folder, files, arrays, PIL images), or what it gave, or
+            pixels that are ready: a tensor of floats (S, 3, H, W) or (1, S, 3, H, W) in [0, 1], H and W multiples of
+            the patch size.
         points: "depth" unprojects the depth by the cameras; "head" takes the points of the point head.
         mode: of the processor: "crop", "pad" or "square". Pixels that are ready stay as they are.
         processor: by default one of the model's own image and patch size.
@@ -320,7 +321,7 @@ def _view_color(s: int, views: int) -> NDArray[np.uint8]:
 
 
 def _write(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write beside and rename: a reader sees the old file or the whole new one."""
+    """The file in one step; ValueError for a folder that is missing, or in its place."""
     final = Path(path)
     if final.is_dir():
         raise ValueError(f"{str(final)!r} is a folder: give the name of a file to write.")
@@ -328,20 +329,7 @@ def _write(path: str | os.PathLike[str], data: bytes) -> Path:
         raise ValueError(
             f"the folder {str(final.parent)!r} does not exist: make it, or write {final.name!r} elsewhere."
         )
-    handle, beside = tempfile.mkstemp(prefix=f".{final.name}.partial-", dir=final.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)
-        os.replace(beside, final)
-    except BaseException:
-        os.unlink(beside)
-        raise
-    return final
+    return write_atomically(final, data)
 
 
 __all__ = ["VggtPrediction", "predict"]

@@ -238,7 +238,7 @@ def test_scene_without_metadata_or_frames(root: Path) -> None:
 def test_damaged_pictures(root: Path) -> None:
     folder = root / "set3/scene1"
     (folder / "000100-depth_true.png").write_bytes(b"\x89PNG cut")
-    with pytest.raises(ValueError, match=r"000100-depth_true\.png is no readable picture"):
+    with pytest.raises(ValueError, match=r"000100-depth_true\.png is not a readable picture"):
         only(root)[0]
     Image.new("L", (10, 10)).save(folder / "000100-depth_true.png")
     with pytest.raises(ValueError, match=r"000100-depth_true\.png is \(10, 10\) pixels and the colour \(48, 64\)"):

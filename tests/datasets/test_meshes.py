@@ -162,7 +162,7 @@ def test_a_missing_texture_or_material_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"material0\.jpeg"):
         load_mesh(path)
     (path.parent / "material0.jpeg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"material0\.jpeg.*is no readable picture"):
+    with pytest.raises(ValueError, match=r"material0\.jpeg.*is not a readable picture"):
         load_mesh(path)
     (path.parent / "material0.mtl").write_text("newmtl material0\nKd 1 1 1\n")
     with pytest.raises(ValueError, match="neither a texture nor colours"):

@@ -89,7 +89,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
     dataset = SceneDataset(tmp_path)
     assert len(dataset.read("scene_00000", [0, 2])) == 2
-    with pytest.raises(ValueError, match=r"images/00001\.png is no readable picture"):
+    with pytest.raises(ValueError, match=r"images/00001\.png is not a readable picture"):
         dataset[0]
     with pytest.raises(FileNotFoundError, match="is no folder"):
         SceneDataset(tmp_path / "nowhere")

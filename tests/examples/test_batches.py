@@ -235,6 +235,9 @@ def test_any_number_of_workers_from_any_step(worlds: Worlds) -> None:
     assert [step for step, _ in whole] == list(range(6)) and all(len(batches) == 2 for _, batches in whole)
     assert equal(list(read_steps(data, 0, 6, workers=2)), whole)
     assert equal(list(read_steps(data, 4, 6, workers=1)), whole[4:])
+    with pytest.MonkeyPatch.context() as patch:  # a container's /dev/shm: batches take the pipe
+        patch.setattr("training.batches.free_shared_memory", lambda: 1000)
+        assert equal(list(read_steps(data, 0, 6, workers=2)), whole)
     assert equal(list(read_steps(data, 3, 3)), [])
     assert torch.equal(torch.get_rng_state(), state)
     other = TrainingData(worlds, worlds.names, small_plan(worlds, accumulate=2, seed=6), Augmentation())

@@ -86,7 +86,7 @@ def test_unreadable_pictures_are_all_named_and_the_rest_is_read(people: Path) ->
     depth_file(people, 0, "0001").write_bytes(b"")
     found = check_people(people)
     assert len(found) == 3 == len(check_people(people, workers=1))
-    assert f"{broken[0]} is no readable picture" in found[0]
+    assert f"{broken[0]} is not a readable picture" in found[0]
     assert f"{broken[2]} does not exist" in found[1]
     assert f"{depth_file(people, 0, '0001')} is no readable array" in found[2]
 

@@ -235,7 +235,7 @@ def test_wrong_arguments_are_sentences(
         assert words in capsys.readouterr().err
     (photos / "a.png").write_bytes(b"broken")
     assert script.main(["render", "--faces", str(photos), *out]) == 2
-    assert "a.png is no readable picture" in capsys.readouterr().err
+    assert "a.png is not a readable picture" in capsys.readouterr().err
 
 
 def test_folders_of_maps_are_faces_too(script: ModuleType, tmp_path: Path) -> None:

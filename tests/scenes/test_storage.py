@@ -230,7 +230,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     given, folder = scene(), tmp_path / "scene"
     write_scene(folder, given, views_of(given))
     (folder / "depth/00001.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"depth/00001\.png is no readable picture"):
+    with pytest.raises(ValueError, match=r"depth/00001\.png is not a readable picture"):
         read_scene(folder)
     (folder / "depth/00001.png").write_bytes(pixels.encode_grey(np.zeros((3, 3), np.uint16)))
     with pytest.raises(ValueError, match=r"depth/00001\.png has the shape \(3, 3\)"):

@@ -360,7 +360,7 @@ def test_a_broken_file_is_named(tmp_path: Path, damage: str) -> None:
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.png.*does not exist"):
         SMALL([tmp_path / "nowhere.png"])
-    with pytest.raises(ValueError, match=r"view 0 of scene 0, the file .*cannot be read"):
+    with pytest.raises(ValueError, match=r"the folder .* holds no pictures"):
         SMALL(tmp_path)
 
 
@@ -369,7 +369,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     [
         ([], "scene 0 has no images"),
         ([[], []], "scene 0 has no images"),
-        ([noise(8, 8), [noise(8, 8)]], "single images beside lists"),
+        ([noise(8, 8), [noise(8, 8)]], "mixes single images with scenes"),
         ([[[noise(8, 8)]]], "nested too deeply"),
         (3, "view 0 of scene 0 cannot be read as an image: it is of type int"),
         ([None], "of type NoneType"),

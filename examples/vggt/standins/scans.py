@@ -52,8 +52,9 @@ def write_thuman(root: Path, name: str, person: Person, detail: int = 128, texel
     for (a, b, c), (p, q, r) in zip(places.tolist(), coordinates.tolist(), strict=True):
         lines.append(f"f {a}/{p} {b}/{q} {c}/{r}")
     partial = _beside(folder)
-    (partial / f"{name}.obj").write_text("\n".join(lines) + "\n")
-    (partial / "material0.mtl").write_text("newmtl material0\nKd 1 1 1\nKa 0 0 0\nKs 0 0 0\nmap_Kd material0.jpeg\n")
+    (partial / f"{name}.obj").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    material = "newmtl material0\nKd 1 1 1\nKa 0 0 0\nKs 0 0 0\nmap_Kd material0.jpeg\n"
+    (partial / "material0.mtl").write_text(material, encoding="utf-8")
     Image.fromarray(picture).save(partial / "material0.jpeg", quality=95, subsampling=0)
     os.rename(partial, folder)
     return folder

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from peft_attrsub._machine import free_shared_memory
 from peft_attrsub.datasets import MultiViewDataset, Sample
 from peft_attrsub.vggt import relative_to_first
 
@@ -217,11 +219,12 @@ def read_steps(data: TrainingData, start: int, stop: int, workers: int = 0) -> I
     """(step, its batches on this process) for start <= step < stop, read ahead by `workers` processes.
 
     The batches do not depend on workers, and no random generator of the caller is touched. What cannot be read is a
-    ValueError with the reader's sentence, also from a worker.
+    ValueError with the reader's sentence, also from a worker. Where /dev/shm is too small for the tensors of all
+    workers, as in a container by default (64 MB), batches come through pipes instead, at the price of a copy.
     """
     numbers = range(start * data.per_step, stop * data.per_step)
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        _Guarded(data),
+        _Guarded(data, workers),
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
@@ -233,6 +236,8 @@ def read_steps(data: TrainingData, start: int, stop: int, workers: int = 0) -> I
     for number, batch in zip(numbers, loader, strict=True):
         if isinstance(batch, str):
             raise ValueError(batch)
+        if isinstance(batch, bytes):
+            batch = pickle.loads(batch)  # of our own worker
         collected.append(batch)
         if len(collected) == data.per_step:
             yield number // data.per_step, collected
@@ -240,16 +245,26 @@ def read_steps(data: TrainingData, start: int, stop: int, workers: int = 0) -> I
 
 
 class _Guarded(torch.utils.data.Dataset[Any]):
-    """A sentence in the place of an error: across processes an error would carry its traceback as its text."""
+    """A sentence in the place of an error: across processes an error would carry its traceback as its text.
 
-    def __init__(self, data: TrainingData) -> None:
-        self.data = data
+    A batch that shared memory may have no room for is pickled: it then goes through a pipe.
+    """
 
-    def __getitem__(self, number: int) -> Batch | str:
+    def __init__(self, data: TrainingData, workers: int = 0) -> None:
+        self.data, self.workers = data, workers
+
+    def __getitem__(self, number: int) -> Batch | str | bytes:
         try:
-            return self.data[number]
+            batch = self.data[number]
         except (OSError, ValueError) as error:
             return str(error)
+        size = sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
+        room = free_shared_memory() if self.workers else None
+        # Every worker may be about to put a batch there, and two that are read ahead wait for each.
+        if room is not None and room < 3 * self.workers * size:
+            # As the loader does to what it collects: tuples become lists.
+            return pickle.dumps(torch.utils.data.default_convert(batch), protocol=pickle.HIGHEST_PROTOCOL)
+        return batch
 
 
 @contextlib.contextmanager

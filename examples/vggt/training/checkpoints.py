@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_attrsub._files import sync_path
 from peft_attrsub.basis.files import atomic_folder
 
 MANIFEST, REST = "checkpoint.json", "state.pt"
@@ -84,12 +85,12 @@ def save(
             sizes = {path.name: path.stat().st_size for path in sorted(beside.iterdir())}
             manifest = {"step": step, "metric": metric, "settings": chosen, "files": sizes}
             (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            _sync_folder(beside)
+            sync_path(beside)
     except Exception as error:
         if _is_full(error):
             raise _no_room(root, step) from error
         raise
-    _sync_folder(root)
+    sync_path(root)
     _drop(root, keep)
     return Checkpoint(final, step, metric, chosen)
 
@@ -228,15 +229,6 @@ def _drop(root: Path, keep: int) -> None:
 def _clear(root: Path) -> None:
     for path in root.glob(_LEFTOVERS):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    """The names in a folder, on the disk: fsync of a file does not cover the entry that names it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_room(root: Path, step: int, needed: int) -> None:

@@ -12,7 +12,6 @@ Remove FOLDER to have a job that is done run once more.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shlex
@@ -24,6 +23,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from peft_attrsub._files import lock, write_atomically
 
 STATES = ("done", "running", "pending", "stopped", "failed")
 STOPPED = (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit statuses of a wish
@@ -61,12 +62,7 @@ class State:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Written beside and renamed; a reader sees the old record or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_atomically(path, json.dumps(record, indent=1).encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -132,10 +128,12 @@ class Attempt:
         ignore: int | None = None,
         patience: float = 0.0,
     ) -> None:
+        if not hasattr(os, "killpg"):
+            raise OSError(errno.ENOSYS, f"{job.name}: jobs run in process groups, which Windows lacks; use WSL")
         self.job, self.asked = job, False
         job.folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = _lock(job, patience)
+            held = _lock(job, patience)
         except BlockingIOError:
             raise OSError(errno.EBUSY, f"{job.name}: another process is at work on it, see {job.log}") from None
         before = read_state(job).attempts
@@ -143,7 +141,7 @@ class Attempt:
         write_state(job, self.state)
         when = time.strftime("%Y-%m-%d %H:%M:%S")
         # Child processes keep the lock: it is free when the last of them is gone, whatever became of this one.
-        keep = () if lock is None else (lock,)
+        keep = () if held is None else (held,)
         self.process: subprocess.Popen[bytes] | None = None
         with job.log.open("ab") as log:
             log.write(f"# attempt {before + 1}, {when}, {self.state.host}: {shlex.join(job.command)}\n".encode())
@@ -161,8 +159,8 @@ class Attempt:
                 )
             except OSError as error:
                 self._end("failed", f"cannot be started: {error}")
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
 
     def poll(self) -> State | None:
         """The final state once the command has ended, None before."""
@@ -233,19 +231,18 @@ def _lock(job: Job, patience: float) -> int | None:
     """A descriptor that holds the job's lock; None where the file system has no locks; BlockingIOError: taken."""
     end = time.monotonic() + patience
     job.folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(job.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(job.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
+            if lock(descriptor):
+                return descriptor
+            os.close(descriptor)
+            return None
         except BlockingIOError:
             if time.monotonic() >= end:
                 os.close(descriptor)
                 raise
             time.sleep(0.2)
-        except OSError:
-            os.close(descriptor)
-            return None
 
 
 def _signal_name(status: int) -> str:

@@ -13,17 +13,14 @@ process can take twice as much as its tensors do, because the C library keeps wh
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from peft_attrsub import _machine
 from peft_attrsub.vggt import VggtConfig
 from peft_attrsub.vggt.precision import AUTO, DTYPES, parse_precision
 
@@ -256,16 +253,10 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")] or found
-        group = Path("/sys/fs/cgroup")
-        # "max" where there is no limit.
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return min(found)
+    found = _machine.free_memory()
+    if found is None:
+        raise ValueError("this system does not tell how much memory is free: train without --auto-memory.")
+    return found
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
@@ -273,8 +264,7 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    return _machine.peak_memory() or 0
 
 
 __all__ = [

@@ -84,9 +84,23 @@ def environment_id() -> str:
 
 def ended_as(identity: str) -> str:
     """Slurm's state where it has closed this job (scancel, time limit) and it is not to be requeued; "" elsewhere."""
-    done = subprocess.run(["scontrol", "show", "job", "-o", identity], capture_output=True, text=True, check=False)
+    done = _ask(["scontrol", "show", "job", "-o", identity])
     states = re.findall(r"\bJobState=(\S+)", done.stdout)
     return next((state for state in states if state in ENDED), "")
+
+
+def _ask(command: list[str], timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """What one of Slurm's commands answers, whatever the locale."""
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=timeout
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container that runs under a number without a name
+        return str(os.getuid())
 
 
 @dataclass(frozen=True)
@@ -101,9 +115,9 @@ def queue() -> dict[str, Queued] | None:
     """All of this user's elements in the queue, by id (12_3, or 12 outside an array); None where squeue does not
     answer, which says nothing about the jobs."""
     # squeue, not sacct: it also answers on clusters without an accounting database.
-    command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T|%r"]
+    command = ["squeue", "--noheader", "--array", "--user", _user(), "--format", "%i|%T|%r"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = _ask(command, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode != 0:

@@ -16,7 +16,8 @@ class Stopper:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        names = ("SIGTERM", "SIGINT", "SIGUSR2")  # Windows lacks the last
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             self._before[number] = signal.signal(number, self._ask)
         return self
 
