@@ -84,6 +84,10 @@ class MultiViewDataset(torch.utils.data.Dataset[Sample], ABC):
         """The frames that the map of sequences fixes for one, or None."""
         return self._chosen.get(name) or None
 
+    def moving(self, name: str) -> list[int]:
+        """Labels of what moves from view to view of a sequence: no two views need agree on where it is."""
+        return []
+
     def read(self, name: str, frames: Frames | None = None) -> Sample:
         """One sequence: the given frames in the given order, else those of the map, else `default_frames`."""
         if name not in self.names:

@@ -14,6 +14,8 @@ import torch
 
 from ..scenes import storage
 from ..scenes.dataset import DATASET, Dataset, scene_name
+from ..scenes.description import Scene
+from ..scenes.posed import moving_ids
 from ..vggt.cameras import to_pixel_centers
 from .base import MultiViewDataset
 from .sample import Sample
@@ -42,6 +44,11 @@ class SceneDataset(MultiViewDataset):
 
     def frames(self, name: str) -> list[str]:
         return [f"{index:05d}" for index in range(storage.read_manifest(self.folder(name))["views"])]
+
+    def moving(self, name: str) -> list[int]:
+        """Object ids that the scene's description moves."""
+        text = (self.folder(name) / storage.DESCRIPTION).read_text(encoding="utf-8")
+        return moving_ids(Scene.from_json(text))
 
     def _read(self, name: str, frames: list[str]) -> Sample:
         scene = storage.read_scene(self.folder(name), [int(frame) for frame in frames])

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from . import pixels
+from .agreement import PosedDepth, contradictions, pairs_to_compare, pose_problem
 from .dataset import DATASET, Dataset, scene_name
 from .description import Scene
 from .generate import RESERVE, run
 from .posed import moving_ids
 from .storage import DESCRIPTION, MANIFEST, TRANSFORMS, SceneFormat, read_json, read_manifest, read_scene
 
-# A point may lie this much before the surface that the other view shows: relative, and for the millimetres of a PNG.
-TOLERANCE, SLACK = 0.01, 0.002
-FEW = 50  # points: their share says nothing
 CONTRADICTIONS = 0.02  # share of points; silhouettes and surfaces thinner than a pixel account for less
 
 
@@ -36,47 +34,6 @@ class Problem:
 
     def __str__(self) -> str:
         return self.text if self.scene is None else f"{scene_name(self.scene)}: {self.text}"
-
-
-def contradictions(
-    depth: np.ndarray,
-    extrinsic: np.ndarray,
-    intrinsic: np.ndarray,
-    mask: np.ndarray | None = None,
-    stride: int = 1,
-) -> float:
-    """Share of view 0's surface points that cannot be there, because view 1 looks through them at something farther.
-
-    A pixel (u, v) of view 0 with planar depth z is the point X = R0^T (z K0^-1 (u, v, 1) - t0); in view 1 it falls
-    on (u', v', 1) z' = K1 (R1 X + t1). Nothing farther than z' can be seen there: a contradiction is a depth in
-    view 1, the least of 3 x 3 pixels around (u', v'), beyond z' by more than 1 % and 2 mm. Points that something
-    nearer hides, and points outside view 1, contradict nothing.
-
-    depth (2, H, W) metres, 0 where nothing is; extrinsic (2, 3, 4); intrinsic (2, 3, 3); mask (H, W): the pixels of
-    view 0 to use; stride: use every n-th row and column. 0.0 where less than 50 points fall into view 1.
-    """
-    height, width = depth.shape[1:]
-    v, u = np.mgrid[0:height:stride, 0:width:stride]
-    z = depth[0, v, u].astype(np.float64)
-    use = z > 0
-    if mask is not None:
-        use &= mask[v, u]
-    u, v, z = u[use], v[use], z[use]
-    rays = np.linalg.inv(intrinsic[0]) @ np.stack([u + 0.5, v + 0.5, np.ones(len(u))])
-    points = extrinsic[0, :, :3].T @ (rays * z - extrinsic[0, :, 3:])
-    x, y, far = intrinsic[1] @ (extrinsic[1, :, :3] @ points + extrinsic[1, :, 3:])
-    ahead = far > 1e-6
-    x, y, far = x[ahead] / far[ahead], y[ahead] / far[ahead], far[ahead]
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    column, row, far = x[inside].astype(np.intp), y[inside].astype(np.intp), far[inside]
-    if len(far) < FEW:
-        return 0.0
-    padded = np.pad(np.where(depth[1] > 0, depth[1], np.inf), 1, mode="edge")
-    nearest = np.full(len(far), np.inf)
-    for down in range(3):
-        for right in range(3):
-            nearest = np.minimum(nearest, padded[row + down, column + right])
-    return float(np.mean(nearest > far * (1 + TOLERANCE) + SLACK))
 
 
 def check_scene(dataset: Dataset, index: int, pairs: int = 3) -> list[Problem]:
@@ -162,7 +119,17 @@ def _check_geometry(dataset: Dataset, index: int, views: int, pairs: int) -> lis
             if share > limit:
                 text = f"views {order[0]} and {order[1]} contradict each other in {share:.1%} of the points."
                 found.append(Problem(index, f"{text} Depth and cameras do not fit."))
+    if found and (fault := pose_problem(_posed(folder, views, moving), pairs_to_compare(views))):
+        found = [Problem(index, fault)]  # which convention they look like, if it is one
     return found
+
+
+def _posed(folder: Path, views: int, moving: list[int]) -> dict[int, PosedDepth]:
+    order = sorted({view for pair in pairs_to_compare(views) for view in pair})
+    arrays = read_scene(folder, order)
+    masks = ~np.isin(arrays["ids"], moving)
+    parts = zip(arrays["depth"], arrays["extrinsic"], arrays["intrinsic"], masks, strict=True)
+    return {view: PosedDepth(*part) for view, part in zip(order, parts, strict=True)}
 
 
 def check_dataset(folder: str | Path, pairs: int = 3, workers: int | None = None) -> list[Problem]:

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from peft_attrsub import AttrSubspaceConfig
 from peft_attrsub.datasets import MultiViewDataset, RenderedDataset, RenderedWriter, Sample, open_benchmark
+from peft_attrsub.scenes.dataset import Dataset, make_plan
+from peft_attrsub.scenes.storage import write_scene
 from peft_attrsub.vggt import VggtModel, vggt_targets
 from tests.datasets import world
 from tests.datasets.test_scenes import generate
 from tests.examples.training_tools import on_path, tiny_config, tiny_model
+from tests.scenes.tiny import HERE, TinyRecipe
 
 on_path()
 from training.checks import check_adapter_base, check_data, check_sample  # noqa: E402
@@ -38,6 +41,92 @@ def people(tmp_path: Path) -> Path:
                 writer.add(index, rgba, view.depth, world.world_to_camera(scene, index), *lens)
             writer.finish()
     return tmp_path
+
+
+INVERTED, OPENGL = "inverted (camera to world", "OpenGL axes"
+FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
+MILLIMETERS = np.array([[1, 1, 1, 1000]] * 3 + [[1, 1, 1, 1]])
+#: How a file's poses, world to camera (4, 4), go wrong, and what the sentence must and must not say of it.
+WRONG: dict[str, tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...], tuple[str, ...]]] = {
+    "inverted": (np.linalg.inv, (INVERTED,), (OPENGL,)),
+    "opengl": (lambda w: FLIP @ w, (OPENGL,), (INVERTED,)),
+    "inverted opengl": (lambda w: np.linalg.inv(FLIP @ w), (OPENGL, INVERTED), ()),
+    "millimeters": (
+        lambda w: np.c_[w[:, :3], w[:, 3:] * [[1000], [1000], [1000], [1]]],
+        ("1000 times too large",),
+        (INVERTED,),
+    ),
+}
+SCENES, VIEWS = 2, 6
+
+
+def write_rendered(folder: Path, index: int, change: Callable[[np.ndarray], np.ndarray], masks: bool) -> None:
+    scene, views = world.scene(VIEWS, index=index), world.views(VIEWS, index=index)
+    with RenderedWriter(folder, digits=8 if masks else 3, depth="npy") as writer:
+        for view, (shown, camera) in enumerate(zip(views, scene.cameras, strict=True)):
+            rgba = np.dstack([shown.rgb, np.where(shown.ids > 0, 255, 0).astype(np.uint8)])
+            lens = (camera.fx, camera.fy, camera.cx, camera.cy)
+            extra = {"mask": shown.ids > 0} if masks else {}
+            writer.add(view, rgba, shown.depth, world.world_to_camera(scene, view), *lens, **extra)
+        writer.finish()
+    path = folder / "opencv_cameras.json"
+    record = json.loads(path.read_text())
+    for frame in record["frames"]:
+        frame["w2c"] = change(np.array(frame["w2c"], np.float64)).tolist()
+    path.write_text(json.dumps(record))
+
+
+def write_benchmark(name: str, root: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Sequences of a benchmark in its own layout; `change` is done to every stored pose, seen as world to camera."""
+    for index in range(SCENES):
+        if name == "scenes":
+            folder = root / f"texture_{index:02d}"
+            plan = make_plan(TinyRecipe(size=64, views=VIEWS), f"{HERE}:sample", f"{HERE}:TinyRenderer")
+            dataset = Dataset.start(folder, plan, 1)
+            write_scene(
+                dataset.scene(0), world.scene(VIEWS, index=index), world.views(VIEWS, index=index), tag=dataset.tag
+            )
+            path = folder / "scene_00000" / "transforms.json"
+            record = json.loads(path.read_text())
+            for frame in record["frames"]:
+                frame["extrinsic"] = change(np.vstack([frame["extrinsic"], [0, 0, 0, 1]]))[:3].tolist()
+            path.write_text(json.dumps(record))
+        elif name == "clearpose":
+            clearpose = pytest.importorskip("tests.datasets.clearpose_files", reason="ClearPose needs scipy")
+            frames = tuple(f"{100 * view:06d}" for view in range(VIEWS))
+            folder = root / f"set1/scene{index + 1}"
+            records = clearpose.write_scene(root, f"set1/scene{index + 1}", frames, shift=2.0 * index)
+            for record in records.values():  # world from camera
+                pose = np.vstack([record["rotation_translation_matrix"], [0, 0, 0, 1]])
+                record["rotation_translation_matrix"] = np.linalg.inv(change(np.linalg.inv(pose)))[:3]
+            clearpose.scipy.io.savemat(folder / "metadata.mat", records)
+        else:
+            write_rendered(
+                root / (f"a/{index:04d}" if name == "face" else f"{index:04d}"), index, change, name == "face"
+            )
+
+
+READERS = ("scenes", "human", "face", "clearpose")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_right_poses_raise_no_alarm(name: str, tmp_path: Path) -> None:
+    write_benchmark(name, tmp_path, lambda pose: pose)
+    options = {"split": "all"} if name == "clearpose" else {}
+    assert check_data(lambda: open_benchmark(name, tmp_path, **options), views_min=VIEWS) == []
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", READERS)
+def test_poses_of_another_convention_are_found_and_named(name: str, wrong: str, tmp_path: Path) -> None:
+    change, words, others = WRONG[wrong]
+    write_benchmark(name, tmp_path, change)
+    options = {"split": "all"} if name == "clearpose" else {}
+    found = check_data(lambda: open_benchmark(name, tmp_path, **options))
+    assert len(found) == SCENES, found
+    for problem in found:
+        assert all(word in problem for word in words) and not any(word in problem for word in others), problem
+        assert "contradict each other in" in problem or "share no surface" in problem
 
 
 def check_people(root: Path, **options: object) -> list[str]:

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from peft_attrsub.scenes import generate as module
-from peft_attrsub.scenes.check import check_dataset, contradictions, repair_dataset
+from peft_attrsub.scenes.agreement import contradictions
+from peft_attrsub.scenes.check import check_dataset, repair_dataset
 from peft_attrsub.scenes.dataset import Dataset
 from peft_attrsub.scenes.sheet import contact_sheet
 from peft_attrsub.scenes.storage import SceneWriter, read_scene

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from peft_attrsub.scenes import generate as module
-from peft_attrsub.scenes.check import CONTRADICTIONS, check_dataset, check_scene, contradictions
+from peft_attrsub.scenes.agreement import contradictions
+from peft_attrsub.scenes.check import CONTRADICTIONS, check_dataset, check_scene
 from peft_attrsub.scenes.dataset import Dataset
 from peft_attrsub.scenes.description import Scene
 from peft_attrsub.scenes.generate import Report, generate

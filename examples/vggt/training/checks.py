@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from peft_attrsub.basis.identity import BaseIdentity, shared_base
 from peft_attrsub.datasets import MultiViewDataset, Sample
+from peft_attrsub.scenes.agreement import PosedDepth, pairs_to_compare, pose_problem
 from peft_attrsub.vggt import to_image_corner
 from peft_attrsub.vggt.losses import MIN_PIXELS
 
@@ -44,7 +46,8 @@ def check_data(
     open_dataset: gives the dataset, for what is wrong may be that it cannot be opened (no scenes found). Looked for:
     fewer than views_min views; pictures, depth maps and cameras that cannot be read; poses that are missing or are
     no rotations; depth maps of another shape than their pictures, or without measured pixels; cameras without a
-    finite focal length, or whose principal point is far from the centre. workers: processes that read.
+    finite focal length, or whose principal point is far from the centre; poses by which the views contradict each
+    other or share nothing, with the convention that they look like. workers: processes that read.
     progress: wraps the loop over sequences, such as tqdm.
     """
     try:
@@ -85,10 +88,17 @@ def check_sequence(dataset: MultiViewDataset, name: str, views_min: int = 1) -> 
     if len(frames) < views_min:
         problems.append(f"{name} has {len(frames)} views, a batch takes {views_min} or more: it is never trained on.")
     empty: list[str] = []
+    pairs = pairs_to_compare(len(frames))
+    wanted = {frames[place]: place for pair in pairs for place in pair}
+    posed: dict[int, PosedDepth] = {}
+    moving = _moving(dataset, name, problems)
     for start in range(0, len(frames), CHUNK):
         chunk = frames[start : start + CHUNK]
         for sample in _read(dataset, name, chunk, problems):
             problems += check_sample(sample)
+            for view, frame in enumerate(sample.frames):
+                if frame in wanted and (depth := posed_depth(sample, view, moving)) is not None:
+                    posed[wanted[frame]] = depth
             measured = sample.point_masks.flatten(1).sum(1)
             empty += [frame for frame, count in zip(sample.frames, measured, strict=True) if count < MIN_PIXELS]
     if empty:
@@ -96,7 +106,34 @@ def check_sequence(dataset: MultiViewDataset, name: str, views_min: int = 1) -> 
             f"{name}: {len(empty)} of its {len(frames)} views have fewer than {MIN_PIXELS} measured pixels, frame "
             f"{empty[0]} first: no loss can learn from them."
         )
+    if fault := pose_problem(posed, [pair for pair in pairs if pair[0] in posed and pair[1] in posed]):
+        problems.append(f"{name}: {fault}")
     return problems
+
+
+def posed_depth(sample: Sample, view: int, moving: Sequence[int] = ()) -> PosedDepth | None:
+    """A view as `pose_problem` compares it, without the pixels labelled `moving`; None if its camera is unusable.
+
+    Samples count pixels from the center of the first one, PosedDepth from its corner: cx, cy + 1/2.
+    """
+    intrinsic = sample.intrinsics[view].numpy().copy()
+    if sample.extrinsics is None or not bool(sample.extrinsics[view].isfinite().all()):
+        return None
+    if not np.isfinite(intrinsic).all() or min(intrinsic[0, 0], intrinsic[1, 1]) <= 0:
+        return None
+    intrinsic[:2, 2] += 0.5
+    mask = sample.point_masks[view].numpy()
+    if moving and sample.labels is not None:
+        mask = mask & ~np.isin(sample.labels[view].numpy(), moving)
+    return PosedDepth(sample.depths[view].numpy(), sample.extrinsics[view].numpy(), intrinsic, mask)
+
+
+def _moving(dataset: MultiViewDataset, name: str, problems: list[str]) -> list[int]:
+    try:
+        return dataset.moving(name)
+    except (OSError, ValueError) as error:
+        problems.append(_sentence(error, name))
+        return []
 
 
 def _read(dataset: MultiViewDataset, name: str, frames: list[str], problems: list[str]) -> list[Sample]:
@@ -236,4 +273,12 @@ def _sentence(error: Exception, name: str | None = None) -> str:
     return text if name is None or name in text else f"{name}: {text}"
 
 
-__all__ = ["BASE", "check_adapter_base", "check_data", "check_run_base", "check_sample", "check_sequence"]
+__all__ = [
+    "BASE",
+    "check_adapter_base",
+    "check_data",
+    "check_run_base",
+    "check_sample",
+    "check_sequence",
+    "posed_depth",
+]
