@@ -59,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder of everything (default: runs/demo)")
     add("--model", default="vggt-mini", help="the VGGT to tune: folder, or the shipped vggt-mini (default)")
-    add("--workers", type=int, help=f"commands at a time, a core each (default: one per core, at most {MOST_WORKERS})")
+    add(
+        "--workers",
+        type=int,
+        help=f"commands at a time, a core and 1 GB each (default: what fits, at most {MOST_WORKERS})",
+    )
     add("--fresh", action="store_true", help="remove what an earlier demo left in --out, and start anew")
     add(
         "--scale",
@@ -78,6 +82,10 @@ def prepare_folder(out: Path, fresh: bool) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise ValueError(f"{out} holds files that this script did not write: give another --out.")
     if fresh and out.is_dir():
+        from demonstration.runner import in_use
+
+        if in_use(out):
+            raise ValueError(f"another demo is at work in {out}: stop it first, or give another --out.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
@@ -109,23 +117,31 @@ def image_size(model: str) -> int:
     from peft_attrsub.vggt.shipped import find_shipped
 
     path = Path(find_shipped(model)) / "config.json"
-    if path.is_file():  # without importing torch, which takes seconds
-        return int(json.loads(path.read_text(encoding="utf-8"))["image_size"])
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "image_size" in known:  # without importing torch, which takes seconds
+        return int(known["image_size"])
     from _model import load_config
 
     return int(load_config(model).image_size)
 
 
 def demonstrate(args: argparse.Namespace) -> int:
-    from demonstration.machine import cores
+    from demonstration.machine import workers
+    from demonstration.runner import working
+
+    with working(args.out, lambda text: print(text, flush=True)) as lock:
+        settings = settings_of(args.out, args.model, args.scale)
+        return continue_demo(args.out, settings, args.workers or workers(MOST_WORKERS), lock)
+
+
+def continue_demo(out: Path, settings: dict[str, Any], workers: int, lock: int) -> int:
+    """Do what is not done; the exit status."""
     from demonstration.page import PAGE
     from demonstration.runner import StepError, run_steps
     from demonstration.show import Show
 
-    page = (args.out / PAGE).resolve()
-    settings = settings_of(args.out, args.model, args.scale)
-    workers = args.workers or min(MOST_WORKERS, cores())
-    show = Show(args.out, settings, workers)
+    page = (out / PAGE).resolve()
+    show = Show(out, settings, workers)
     if show.finished_all and page.is_file():
         print(f"all of it is done already; --fresh starts anew\nOpen this page: {page}")
         return 0
@@ -133,7 +149,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     try:
         show.know_speed()
         show.update()
-        run_steps(args.out, show.steps, workers, show)
+        run_steps(out, show.steps, workers, show, lock)
     except StepError as error:
         show.close(f"A command failed: {error}")
         print(f"demo: {error}", file=sys.stderr)

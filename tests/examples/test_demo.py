@@ -262,6 +262,9 @@ def test_another_model_is_another_demo_and_the_scale_is_kept(tmp_path: Path) -> 
     (out / "demo.json").write_text(json.dumps({"model": "a", "scale": None, "image_size": 56}))
     assert script.settings_of(out, "a", "small")["scale"] == "small"
     assert script.settings_of(out, "a", "auto")["scale"] is None
+    runner = importlib.import_module("demonstration.runner")
+    with runner.working(out, print), pytest.raises(ValueError, match="another demo is at work"):
+        script.prepare_folder(out, True)
     script.prepare_folder(out, True)
     assert not (out / "demo.json").exists()
     assert script.settings_of(out, "vggt-mini", "auto") == {"model": "vggt-mini", "scale": None, "image_size": 80}

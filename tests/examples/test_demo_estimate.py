@@ -208,5 +208,17 @@ def test_a_limit_of_the_control_group_counts(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     assert demo.machine.cpu_limit(tmp_path / "groups", tmp_path / "own") == limit
-    count = demo.machine.cores(tmp_path / "groups", tmp_path / "own")
+    count = demo.machine.workers(64, tmp_path / "groups", tmp_path / "own")
     assert count >= 1 and (limit is None or count <= max(1, limit))
+
+
+def test_as_many_commands_as_fit_into_the_memory(demo: SimpleNamespace, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(demo.machine.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    memory = SimpleNamespace(available=6.5 * 2**30)
+    monkeypatch.setattr(demo.machine.psutil, "virtual_memory", lambda: memory)
+    assert [demo.machine.workers(most, tmp_path, tmp_path / "own") for most in (4, 64)] == [4, 6]
+    (tmp_path / "own").write_text("0::/box\n")
+    (tmp_path / "box").mkdir()
+    for text, count in (("max\n", 6), (f"{5 * 2**29}\n", 2), ("1000\n", 1)):
+        (tmp_path / "box" / "memory.max").write_text(text)
+        assert demo.machine.workers(64, tmp_path, tmp_path / "own") == count

@@ -1,51 +1,72 @@
-"""The machine that the demo runs on: how many cores it may use, and its name for the page."""
+"""The machine that the demo runs on: how many commands fit on it at a time, and its name for the page."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil  # PEFT and accelerate need it too
 
-def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use: its affinity, and not more than the CPU limit of its control group allows.
+#: Where Linux mounts the control groups, and says which are this process's.
+GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+#: Bytes that one command of the demo needs at its peak, with some to spare.
+NEEDED = 2**30
 
-    groups, own: where Linux mounts the control groups and says which are this process's.
+
+def workers(most: int, groups: Path = GROUPS, own: Path = OWN) -> int:
+    """Commands at a time: one per core that this process may use, as many as fit into the memory, at most `most`.
+
+    Cores are those of its affinity, and not more than the CPU limit of its control groups allows.
     """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = cpu_limit(groups, own)
-    return count if limit is None else max(1, min(count, int(limit)))
+    cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free: float = psutil.virtual_memory().available
+    if (limit := cpu_limit(groups, own)) is not None:
+        cores = min(cores, limit)
+    if (limit := memory_limit(groups, own)) is not None:
+        free = min(free, limit)
+    return max(1, min(most, int(cores), int(free / NEEDED)))
 
 
-def cpu_limit(groups: Path, own: Path) -> float | None:
+def cpu_limit(groups: Path = GROUPS, own: Path = OWN) -> float | None:
     """The smallest CPU limit of the control groups (v1 and v2) that hold this process, in cores; None without one."""
-    limits = []
+    found = []
+    for folder in _folders(groups, own, "cpu"):
+        words = _text(folder / "cpu.max").split() or [
+            *_text(folder / "cpu.cfs_quota_us").split(),
+            *_text(folder / "cpu.cfs_period_us").split(),
+        ]
+        with contextlib.suppress(ValueError):  # "max 100000", or no such files
+            quota, period = (float(word) for word in words)
+            found += [quota / period] if quota > 0 and period > 0 else []
+    return min(found, default=None)
+
+
+def memory_limit(groups: Path = GROUPS, own: Path = OWN) -> float | None:
+    """The smallest memory limit of these groups, in bytes; None without one."""
+    found = []
+    for folder in _folders(groups, own, "memory"):
+        with contextlib.suppress(ValueError):  # "max", or no such files
+            found.append(float(_text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")))
+    return min(found, default=None)
+
+
+def _folders(groups: Path, own: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's groups and of those around them."""
     for line in _text(own).splitlines():
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
-        if names and "cpu" not in names.split(","):
+        if names and controller not in names.split(","):
             continue
         # v2 mounts one tree, v1 one for each controller. A container sees its own group as the root.
-        for root in [groups / names, groups / "cpu"] if names else [groups, groups / "unified"]:
+        for root in [groups / names, groups / controller] if names else [groups, groups / "unified"]:
             folder = root / path.strip().lstrip("/")
             while folder == root or root in folder.parents:
-                limits.append(_limit(folder))
+                yield folder
                 folder = folder.parent
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _limit(folder: Path) -> float | None:
-    words = _text(folder / "cpu.max").split() or [
-        *_text(folder / "cpu.cfs_quota_us").split(),
-        *_text(folder / "cpu.cfs_period_us").split(),
-    ]
-    try:
-        quota, period = (float(word) for word in words)  # "max 100000" and -1: no limit
-    except ValueError:
-        return None
-    return quota / period if quota > 0 and period > 0 else None
 
 
 def _text(path: Path) -> str:

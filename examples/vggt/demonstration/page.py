@@ -119,7 +119,7 @@ def render(result: Mapping[str, Any], shown: Mapping[str, Any], status: Status |
     settings, style = result["settings"], (HERE / "page.css").read_text(encoding="utf-8")
     data = json.dumps([{k: v for k, v in cloud.items() if k != "label"} for cloud in shown["clouds"]])
     script = (HERE / "clouds.js").read_text(encoding="utf-8") if shown["clouds"] else ""
-    toy = " This is the toy scale, in which nothing can be learnt." if settings["scale"] == "toy" else ""
+    toy = " This is the toy scale, in which nothing can be learned." if settings["scale"] == "toy" else ""
     model, clock = escape(_model(settings)), time.strftime("%H:%M:%S")
     foot = f"all numbers are in {SUMMARY} next to this page" if status is None else f"written at {clock}"
     foot = f"Made by examples/vggt/demo.py; {foot}."

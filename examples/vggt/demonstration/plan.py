@@ -143,7 +143,7 @@ def _data(out: Path, size: int, scale: Scale) -> list[Step]:
     for seed, (name, rooms) in enumerate((("people", scale.people), ("people-held-out", scale.held_out))):
         words = ["prepare_rooms.py", "people", "--out", out / name, "--scenes", rooms, "--views", scale.shots]
         words += ["--size", size, "--detail", scale.detail, "--seed", seed]
-        title = "rooms with people" + (" that nothing is learnt from" if seed else "")
+        title = "rooms with people" + (" that nothing is trained on" if seed else "")
         effort = {"start": 1, "room": rooms * scale.shots / 8}
         parts = ("stand-in for THuman", "people in rooms")
         made.append(_step(name, title, words, out / name / _id(rooms - 1) / CAMERAS, parts=parts, effort=effort))
@@ -158,8 +158,8 @@ def _mining(out: Path, model: str, scale: Scale) -> list[Step]:
         names = [f"{attribute}_{index:02d}" for index in range(scale.datasets)]
         words = ["train_lora_cluster.py", "--datasets", out / "data", "--only", *names, "--out", out / "adapters"]
         words += ["--model", model, "--rank", scale.rank, "--steps", scale.steps, "--lr", f"{scale.rate:g}"]
-        # A LoRA's A starts at random: one start for all attributes would be shared by them without having been learnt,
-        # and after few steps a slow one would still be that start.
+        # A LoRA's A starts at random. With one start for all attributes they would share it without having learned
+        # it, and after a few slow steps A would still be that start.
         words += ["--lora-a-ratio", f"{scale.a_ratio:g}", "--seed", number, "--config", out / SETTINGS]
         product = out / "adapters" / names[-1] / "adapter_config.json"
         effort = {"start": 1, "adapter": len(names), "step": len(names) * scale.steps}

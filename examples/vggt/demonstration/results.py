@@ -125,10 +125,9 @@ def _learnt(result: Mapping[str, Any], method: str) -> str:
         return f"{name} changed little: on held-out people the error is within half a percent of the base model's."
     if share > 0:
         return f"{name} made held-out people worse: their points err by {percent(share)} more than the base model's."
-    better = sum(after["errors"][one] < before["errors"][one] for one in after["errors"] if one in before["errors"])
     return (
-        f"{name} learnt: on held-out people points err by {percent(share)} less than the base model's "
-        f"(better in {better} of {len(after['errors'])} rooms)."
+        f"{name} learned: on held-out people points err by {percent(share)} less than the base model's "
+        f"({_rooms(after, before, share)})."
     )
 
 
@@ -143,15 +142,22 @@ def _against(result: Mapping[str, Any]) -> str:
         return f"Cores and LoRA could not be compared ({sizes})."
     if abs(share) < EQUAL:
         return f"With {sizes}, the cores are as good as the LoRA on people, to half a percent."
-    common = [one for one in cores["people"]["errors"] if one in lora["people"]["errors"]]
-    closer = sum(cores["people"]["errors"][one] < lora["people"]["errors"][one] for one in common)
     word = "less" if share < 0 else "more"
-    # A mean that most rooms disagree with comes from a few in which one of the two fails.
-    few = "; a few rooms decide" if share * (2 * closer - len(common)) > 0 else ""
     return (
         f"With {sizes}, the cores err by {percent(share)} {word} than the LoRA on people "
-        f"(better in {closer} of {len(common)} rooms{few})."
+        f"({_rooms(cores['people'], lora['people'], share)})."
     )
+
+
+def _rooms(after: Mapping[str, Any], before: Mapping[str, Any], share: float) -> str:
+    """In how many rooms the error is smaller, and whether they agree with the change of the mean, `share`.
+
+    A mean that half of the rooms or more disagree with comes from a few in which one of the two fails.
+    """
+    common = [one for one in after["errors"] if one in before["errors"]]
+    better = sum(after["errors"][one] < before["errors"][one] for one in common)
+    agree = better if share < 0 else len(common) - better
+    return f"better in {better} of {len(common)} rooms{'; a few rooms decide' if 2 * agree <= len(common) else ''}"
 
 
 def _forgetting(result: Mapping[str, Any], method: str) -> str:

@@ -98,8 +98,9 @@ def record_of(out: Path, step: Step) -> dict[str, Any] | None:
     return record if record["command"] == step.typed else None
 
 
-def run_steps(out: Path, steps: Sequence[Step], workers: int, watcher: Watcher) -> bool:
-    """Run what is not done, at most `workers` commands at a time; whether anything was.
+def run_steps(out: Path, steps: Sequence[Step], workers: int, watcher: Watcher, lock: int | None = None) -> bool:
+    """Run what is not done, at most `workers` commands at a time; whether anything was. lock: of `working`, where it
+    is held already.
 
     Raises StepError for the first command that fails, after the others were stopped; whatever else is raised, such as
     KeyboardInterrupt, stops them too. Trainings save where they are, so the next run continues them.
@@ -110,7 +111,7 @@ def run_steps(out: Path, steps: Sequence[Step], workers: int, watcher: Watcher) 
         return False
     (out / STEPS).mkdir(exist_ok=True)
     at_work: list[Running] = []
-    with _working(out, watcher.say) as lock:
+    with working(out, watcher.say) if lock is None else contextlib.nullcontext(lock) as held:
         try:
             while left or at_work:
                 for step in [step for step in left if done.issuperset(step.after)]:
@@ -118,7 +119,7 @@ def run_steps(out: Path, steps: Sequence[Step], workers: int, watcher: Watcher) 
                         left.remove(step)
                         watcher.say(f"$ {step.typed}")
                         with _undisturbed():
-                            at_work.append(_start(out, step, lock))
+                            at_work.append(_start(out, step, held))
                 for job in [job for job in at_work if _ended(job)]:
                     at_work.remove(job)
                     seconds = _finish(out, job)
@@ -234,7 +235,7 @@ def _signal(job: Running, number: int) -> None:
 
 
 @contextlib.contextmanager
-def _working(out: Path, say: Callable[[str], None]) -> Iterator[int]:
+def working(out: Path, say: Callable[[str], None]) -> Iterator[int]:
     """The lock of OUT, as a file's number; waits for the commands of a demo that was killed."""
     import fcntl
 
@@ -250,3 +251,19 @@ def _working(out: Path, say: Callable[[str], None]) -> Iterator[int]:
         yield number
     finally:
         os.close(number)
+
+
+def in_use(out: Path) -> bool:
+    """Whether a demo, or a command of one, is at work in OUT."""
+    import fcntl
+
+    if not (out / LOCK).is_file():
+        return False
+    with (out / LOCK).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False

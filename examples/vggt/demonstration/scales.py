@@ -80,7 +80,7 @@ SCALES = {
         cores_rate=3e-3,
         draws=50,
     ),
-    # For tests: every step happens, nothing is learnt.
+    # For tests: every step happens, nothing is learned.
     "toy": Scale(
         datasets=2,
         scenes=1,
