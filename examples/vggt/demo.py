@@ -8,31 +8,37 @@
    same frozen heads, data and steps.
 4. All are measured on people and rooms nobody has seen, and on generic scenes, for what was forgotten.
 
-Every step is one of the commands of this folder, printed as it starts, with its log in OUT/steps. OUT/index.html shows
-the result, whichever way it falls, and OUT/summary.json holds its numbers. Whatever stops a run, the same command
+A training step is measured first, and --scale auto takes the largest scale that is expected to stay within 6 minutes.
+OUT/index.html is written in the first minute, grows with what is done, and shows the result at the end, whichever way
+it falls. OUT/summary.json holds its numbers, OUT/demo.json the scale and why it was chosen. Every step is one of the
+commands of this folder, printed as it starts, with its log in OUT/steps. Whatever stops a run, the same command
 continues it; a second run finds all done.
 
-Exit status: 0 done; 1 a command failed (its log is named); 2 wrong arguments or a package is missing; 130 and 143
-stopped by Ctrl-C or SIGTERM.
+Runs on Linux and macOS. Exit status: 0 done; 1 a command failed (its log is named); 2 wrong arguments or a package is
+missing; 129, 130 and 143 stopped by SIGHUP, Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MARKER = ".peft-attrsub-demo"  # in every folder made by this script: --fresh may remove it
-# Beside peft_attrsub's own requirements: looked for now, and not after minutes.
+AUTO, MOST_WORKERS = "auto", 4
+STOPPED = "demo: stopped; the same command continues"
+# Needed in addition to what peft_attrsub requires. Looked for at the start, and not after minutes.
 NEEDED = {
     "open3d": "open3d",
     "PIL": "pillow",
@@ -44,7 +50,7 @@ NEEDED = {
 
 
 def parser() -> argparse.ArgumentParser:
-    from demonstration.plan import SCALES
+    from demonstration.scales import SCALES
 
     first, _, rest = (__doc__ or "").partition("\n")
     out = argparse.ArgumentParser(
@@ -53,19 +59,20 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder of everything (default: runs/demo)")
     add("--model", default="vggt-mini", help="the VGGT to tune: folder, or the shipped vggt-mini (default)")
-    add("--workers", type=int, help="commands at a time, a core each (default: one per core, at most 4)")
+    add(
+        "--workers",
+        type=int,
+        help=f"commands at a time, a core and 1 GB each (default: what fits, at most {MOST_WORKERS})",
+    )
     add("--fresh", action="store_true", help="remove what an earlier demo left in --out, and start anew")
     add(
         "--scale",
-        choices=tuple(SCALES),
-        default="laptop",
-        help="laptop (default), or toy, which only shows that it runs",
+        choices=(AUTO, *SCALES),
+        default=AUTO,
+        help="auto (default): laptop, or small on a slow machine; toy only shows that it runs. A demo that is "
+        "continued keeps its scale",
     )
     return out
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_folder(out: Path, fresh: bool) -> None:
@@ -75,6 +82,10 @@ def prepare_folder(out: Path, fresh: bool) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise ValueError(f"{out} holds files that this script did not write: give another --out.")
     if fresh and out.is_dir():
+        from demonstration.runner import in_use
+
+        if in_use(out):
+            raise ValueError(f"another demo is at work in {out}: stop it first, or give another --out.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / MARKER).exists():
@@ -82,73 +93,119 @@ def prepare_folder(out: Path, fresh: bool) -> None:
 
 
 def settings_of(out: Path, model: str, scale: str) -> dict[str, Any]:
-    """What the demo in `out` is made with; ValueError where that is something else than is asked for."""
-    from peft_attrsub.evaluation.files import write_atomically
+    """What the demo in `out` is made with, as in demo.json; its "scale" is None until it has been chosen.
 
-    path = out / "demo.json"
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in (("model", model), ("scale", scale)):
-            if known[key] != value:
-                raise ValueError(
-                    f"{out} holds a demo with {key} {known[key]}, and {value} is asked for: give another --out, or "
-                    "--fresh."
-                )
-        return dict(known)
-    from _model import load_base
+    ValueError where it is made with something else than is asked for; the scale auto fits any.
+    """
+    from demonstration.show import RECORD
 
-    base = load_base(model)
-    settings = {
-        "model": model,
-        "scale": scale,
-        "image_size": base.config.image_size,
-        "parameters": sum(parameter.numel() for parameter in base.parameters()),
-    }
-    write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
-    return settings
+    path = out / RECORD
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    asked = {"model": model} | ({} if scale == AUTO else {"scale": scale})
+    for key, value in asked.items():
+        if known.get(key, value) not in (None, value):
+            raise ValueError(
+                f"{out} holds a demo with {key} {known[key]}, and {value} is asked for: give another --out, or "
+                "--fresh."
+            )
+    size = known.get("image_size") or image_size(model)
+    return known | {"model": model, "scale": asked.get("scale", known.get("scale")), "image_size": size}
+
+
+def image_size(model: str) -> int:
+    """Width of the pictures that a VGGT was made for."""
+    from peft_attrsub.vggt.shipped import find_shipped
+
+    path = Path(find_shipped(model)) / "config.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "image_size" in known:  # without importing torch, which takes seconds
+        return int(known["image_size"])
+    from _model import load_config
+
+    return int(load_config(model).image_size)
 
 
 def demonstrate(args: argparse.Namespace) -> int:
-    from demonstration.page import PAGE, write_page
-    from demonstration.plan import SCALES, plan, write_settings
-    from demonstration.runner import StepError, run_steps
+    from demonstration.machine import workers
+    from demonstration.runner import working
 
-    start = time.monotonic()
-    settings = settings_of(args.out, args.model, args.scale)
-    scale = SCALES[args.scale]
-    write_settings(args.out, settings["image_size"], scale)
-    steps = plan(args.out, args.model, settings["image_size"], scale)
+    with working(args.out, lambda text: print(text, flush=True)) as lock:
+        settings = settings_of(args.out, args.model, args.scale)
+        return continue_demo(args.out, settings, args.workers or workers(MOST_WORKERS), lock)
+
+
+def continue_demo(out: Path, settings: dict[str, Any], workers: int, lock: int) -> int:
+    """Do what is not done; the exit status."""
+    from demonstration.page import PAGE
+    from demonstration.runner import StepError, run_steps
+    from demonstration.show import Show
+
+    page = (out / PAGE).resolve()
+    show = Show(out, settings, workers)
+    if show.finished_all and page.is_file():
+        print(f"all of it is done already; --fresh starts anew\nOpen this page: {page}")
+        return 0
+    show.say(f"The page is {page}: open it now, it grows with what is done.")
     try:
-        worked = run_steps(args.out, steps, args.workers or min(4, cores()))
+        show.know_speed()
+        show.update()
+        run_steps(out, show.steps, workers, show, lock)
     except StepError as error:
+        show.close(f"A command failed: {error}")
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    if worked or not (args.out / PAGE).is_file():
-        for sentence in write_page(args.out, settings, steps):
-            print(sentence)
-        print(f"{time.monotonic() - start:.0f} seconds")
-    else:
-        print("all of it is done already; --fresh starts anew")
-    print(f"Open this page: {(args.out / PAGE).resolve()}")
+    except (KeyboardInterrupt, SystemExit):
+        show.close("It was stopped.")
+        raise
+    for sentence in show.close():
+        print(sentence)
+    calls = len(show.calls)
+    print(f"{show.total:.0f} seconds{f' in {calls} calls' if calls > 1 else ''}")
+    print(f"Open this page: {page}", flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that closes, leave by the same door as Ctrl-C, with status 128 + n."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
-        if args.workers is not None and args.workers < 1:
-            raise ValueError(f"--workers is {args.workers}: give 1 or more.")
-        if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
-            where = " on Python 3.11 or 3.12" if missing[0] == "open3d" and sys.version_info >= (3, 13) else ""
-            raise ImportError(f"{missing[0]} is not installed: run pip install 'peft-attrsub[demo]'{where}.")
-        prepare_folder(args.out, args.fresh)
-        return demonstrate(args)
+        with terminable():
+            if os.name == "nt":
+                raise ValueError("Windows is not supported: run it in WSL (wsl --install), where it runs as on Linux.")
+            if args.workers is not None and args.workers < 1:
+                raise ValueError(f"--workers is {args.workers}: give 1 or more.")
+            if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
+                where = " on Python 3.11 or 3.12" if missing[0] == "open3d" and sys.version_info >= (3, 13) else ""
+                raise ImportError(f"{missing[0]} is not installed: run pip install 'peft-attrsub[demo]'{where}.")
+            prepare_folder(args.out, args.fresh)
+            return demonstrate(args)
     except (ImportError, OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo: stopped; the same command continues", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
+    except SystemExit as error:
+        print(STOPPED, file=sys.stderr)
+        return int(error.code or 0)
 
 
 if __name__ == "__main__":

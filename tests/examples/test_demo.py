@@ -26,16 +26,16 @@ SCRIPT = FOLDER / "demo.py"
 @pytest.fixture(scope="module")
 def demo() -> SimpleNamespace:
     on_path()
-    names = ("plan", "runner")
+    names = ("estimate", "plan", "runner", "scales", "show")
     return SimpleNamespace(**{name: importlib.import_module(f"demonstration.{name}") for name in names})
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["laptop", "toy"])
+@pytest.mark.parametrize("scale", ["laptop", "small", "toy"])
 def test_the_plan_is_in_an_order_that_can_be_run(demo: SimpleNamespace, scale: str) -> None:
-    steps = demo.plan.plan(Path("out"), "vggt-mini", 84, demo.plan.SCALES[scale])
+    steps = demo.plan.plan(Path("out"), "vggt-mini", 84, demo.scales.SCALES[scale])
     seen: set[str] = set()
     for step in steps:
         assert seen.issuperset(step.after), step.name
@@ -43,10 +43,19 @@ def test_the_plan_is_in_an_order_that_can_be_run(demo: SimpleNamespace, scale: s
         seen.add(step.name)
     scripts = {step.words[0] for step in steps} - {"peft-attrsub"}
     assert all((FOLDER / script).is_file() for script in scripts)
+    assert all(step.effort and step.effort.keys() <= demo.estimate.KINDS.keys() for step in steps)
+
+
+def test_what_is_started_before_the_scale_is_chosen_fits_each_choice(demo: SimpleNamespace) -> None:
+    scales = [demo.scales.SCALES[name] for name in demo.scales.AUTOMATIC]
+    first = demo.plan.opening(Path("out"), "m", 84, scales[0])
+    assert all(demo.plan.plan(Path("out"), "m", 84, scale)[: len(first)] == first for scale in scales)
+    settings = [demo.plan.training_settings(84, scale) for scale in scales]
+    assert all(one == settings[0] for one in settings)
 
 
 def test_people_are_learnt_from_or_measured_on_never_both(demo: SimpleNamespace) -> None:
-    steps = {step.name: step for step in demo.plan.plan(Path("out"), "m", 84, demo.plan.SCALES["laptop"])}
+    steps = {step.name: step for step in demo.plan.plan(Path("out"), "m", 84, demo.scales.SCALES["laptop"])}
     words = [steps[name].words for name in ("people", "people-held-out")]
     learnt, held = ((row[row.index("--seed") + 1], int(row[row.index("--scenes") + 1])) for row in words)
     # Persons and rooms of two seeds share nothing as long as there are fewer than a thousand of them.
@@ -67,10 +76,10 @@ def test_a_star_becomes_what_a_shell_makes_of_it(demo: SimpleNamespace, tmp_path
 def test_settings_are_written_once(demo: SimpleNamespace, tmp_path: Path) -> None:
     from training.settings import parse
 
-    demo.plan.write_settings(tmp_path, 84, demo.plan.SCALES["laptop"])
+    demo.plan.write_settings(tmp_path, 84, demo.scales.SCALES["laptop"])
     path = tmp_path / demo.plan.SETTINGS
     before = path.stat().st_mtime_ns
-    demo.plan.write_settings(tmp_path, 84, demo.plan.SCALES["laptop"])
+    demo.plan.write_settings(tmp_path, 84, demo.scales.SCALES["laptop"])
     assert path.stat().st_mtime_ns == before
     model, data, train = parse(["--config", str(path), "--method", "lora", "--data", "x", "--out", "y"])
     assert (model.heads, data.image_size, data.views_max, train.eval_every) == ("frozen", 84, 4, 0)
@@ -78,7 +87,7 @@ def test_settings_are_written_once(demo: SimpleNamespace, tmp_path: Path) -> Non
 
 
 def test_what_is_measured_is_every_second_view_of_the_held_out_rooms(demo: SimpleNamespace) -> None:
-    for scale in demo.plan.SCALES.values():
+    for scale in demo.scales.SCALES.values():
         found = demo.plan.measured_views(scale)
         assert [int(name) for name in found] == list(range(scale.held_out))
         for frames in found.values():
@@ -86,6 +95,24 @@ def test_what_is_measured_is_every_second_view_of_the_held_out_rooms(demo: Simpl
 
 
 # --- running -----------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A watcher that keeps what it is told, and has no further steps."""
+
+    def __init__(self, more: dict[str, list[Any]] | None = None) -> None:
+        self.said: list[str] = []
+        self.say, self.more = self.said.append, more or {}
+
+    def finished(self, step: Any, seconds: float) -> list[Any]:
+        return self.more.get(step.name, [])
+
+    def tick(self, running: Any) -> None:
+        pass
+
+    @property
+    def started(self) -> list[str]:
+        return [line for line in self.said if line.startswith("$")]
 
 
 def made_step(demo: SimpleNamespace, out: Path, name: str, code: str, after: tuple[str, ...] = ()) -> Any:
@@ -114,18 +141,28 @@ def test_steps_run_once_and_after_what_they_need(demo: SimpleNamespace, tmp_path
         ),
         made_step(demo, tmp_path, "first", touching(tmp_path, "first")),
     ]
-    said: list[str] = []
-    assert demo.runner.run_steps(tmp_path, steps, 2, said.append) is True
-    assert [line for line in said if line.startswith("$")] == [f"$ {steps[1].typed}", f"$ {steps[0].typed}"]
-    assert demo.runner.run_steps(tmp_path, steps, 2, said.append) is False
+    told = Listener()
+    assert demo.runner.run_steps(tmp_path, steps, 2, told) is True
+    assert told.started == [f"$ {steps[1].typed}", f"$ {steps[0].typed}"]
+    assert demo.runner.run_steps(tmp_path, steps, 2, told) is False
     (tmp_path / "first").unlink()
-    assert demo.runner.run_steps(tmp_path, steps, 2, said.append) is True
-    assert len([line for line in said if line.startswith("$")]) == 3  # what depends on it stands
+    assert demo.runner.run_steps(tmp_path, steps, 2, told) is True
+    assert len(told.started) == 3  # what depends on it stands
+
+
+def test_steps_that_become_known_on_the_way_are_run(demo: SimpleNamespace, tmp_path: Path) -> None:
+    first, second, third = (made_step(demo, tmp_path, name, touching(tmp_path, name)) for name in ("a", "b", "c"))
+    demo.runner.run_steps(tmp_path, [second], 1, Listener())
+    told = Listener({"a": [second, third]})
+    demo.runner.run_steps(tmp_path, [first], 1, told)
+    assert told.started == [f"$ {first.typed}", f"$ {third.typed}"]
+    record = demo.runner.record_of(tmp_path, third)
+    assert record["seconds"] > 0 and record["cpu_seconds"] >= 0
 
 
 def test_a_changed_command_runs_again(demo: SimpleNamespace, tmp_path: Path) -> None:
     first, second = (made_step(demo, tmp_path, "a", touching(tmp_path, "a", f"x = {n}")) for n in (1, 2))
-    demo.runner.run_steps(tmp_path, [first], 1, str)
+    demo.runner.run_steps(tmp_path, [first], 1, Listener())
     assert demo.runner.record_of(tmp_path, first) is not None
     assert demo.runner.record_of(tmp_path, second) is None
 
@@ -137,7 +174,7 @@ def test_a_step_that_fails_or_leaves_nothing_ends_the_demo(demo: SimpleNamespace
         made_step(demo, tmp_path, "next", touching(tmp_path, "next"), ("bad",)),
     ]
     with pytest.raises(demo.runner.StepError, match=r"what is wrong.*bad\.log"):
-        demo.runner.run_steps(tmp_path, steps, 1, str)
+        demo.runner.run_steps(tmp_path, steps, 1, Listener())
     assert demo.runner.record_of(tmp_path, steps[0]) is None
     assert not (tmp_path / "next").exists()
 
@@ -155,23 +192,33 @@ def test_a_failure_stops_the_commands_beside_it(demo: SimpleNamespace, tmp_path:
         f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\nraise SystemExit(1)"
     )
     with pytest.raises(demo.runner.StepError):
-        demo.runner.run_steps(tmp_path, [slow, made_step(demo, tmp_path, "bad", wait)], 2, str)
+        demo.runner.run_steps(tmp_path, [slow, made_step(demo, tmp_path, "bad", wait)], 2, Listener())
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_how_far_a_command_is(demo: SimpleNamespace, tmp_path: Path) -> None:
+    """By the logs of all kinds of commands, a bar at a time; other bars and lines say nothing."""
+    step = demo.plan.Step("x", "x", ("x",), tmp_path, parts=("texture_00", "texture_01"))
     log = tmp_path / "log"
-    job = demo.runner.Running(None, None, log)
+    log.write_text("")
+    job = demo.runner.Running(step, None, log)
     for text, share in (
-        ("", ""),
-        ("loading\n", ""),
-        ("a:  10%|#  | 1/10\ra:  40%|##  | 4/10", " 40 %"),
-        ("loading: 100%|##| 9/9\n", ""),
-        ("texture_00  5/8 scenes  2 images/s", " 62 %"),
+        ("loading: 100%|##| 9/9\n", 0),
+        ("texture_00:  10%|#  | 3/30 [00:01<00:09, loss 1.2]", 0.05),
+        ("\rtexture_00:  40%|##  | 12/30 [00:04<00:06, loss 1.1]\r", 0.2),
+        ("texture_00: 100%|####| 30/30 [00:12]\nout/texture_00: 30 steps, 240 images\n", 0.5),
+        ("texture_01: done already\n", 1.0),
     ):
-        log.write_text(text)
-        assert job.share() == share
+        with log.open("a") as file:
+            file.write(text)
+        assert job.share() == pytest.approx(share)
+    log.write_text("texture_00  1/8 scenes  2 images/s\ntexture_00  6/8 scenes  ETA 0:00:15\n")
+    job = demo.runner.Running(step, None, log)
+    assert job.share() == pytest.approx(0.375)
+    # A command that begins again, or two nested bars, do not take back what was done.
+    log.write_text(log.read_text() + "\rtexture_00:   0%|   | 0/8 [00:00<?]\n")
+    assert job.share() == pytest.approx(0.375)
 
 
 # --- the script --------------------------------------------------------------------------------------------------
@@ -199,19 +246,56 @@ def test_wrong_arguments_are_a_sentence(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "keep me"
 
 
-def test_another_model_is_another_demo(demo: SimpleNamespace, tmp_path: Path) -> None:
-    script = importlib.import_module("demo")
-    script.prepare_folder(tmp_path / "out", False)
-    (tmp_path / "out" / "demo.json").write_text(
-        json.dumps({"model": "a", "scale": "toy", "image_size": 56, "parameters": 1})
-    )
-    assert script.settings_of(tmp_path / "out", "a", "toy")["image_size"] == 56
+def test_another_model_is_another_demo_and_the_scale_is_kept(tmp_path: Path) -> None:
+    on_path()
+    script, out = importlib.import_module("demo"), tmp_path / "out"
+    script.prepare_folder(out, False)
+    (out / "demo.json").write_text(json.dumps({"model": "a", "scale": "toy", "image_size": 56}))
+    for asked in ("toy", "auto"):
+        found = script.settings_of(out, "a", asked)
+        assert (found["scale"], found["image_size"]) == ("toy", 56)
     with pytest.raises(ValueError, match="a demo with model a, and b is asked for"):
-        script.settings_of(tmp_path / "out", "b", "toy")
+        script.settings_of(out, "b", "toy")
     with pytest.raises(ValueError, match="a demo with scale toy, and laptop"):
-        script.settings_of(tmp_path / "out", "a", "laptop")
-    script.prepare_folder(tmp_path / "out", True)
-    assert not (tmp_path / "out" / "demo.json").exists()
+        script.settings_of(out, "a", "laptop")
+    # Stopped before the scale was chosen: it may still be given.
+    (out / "demo.json").write_text(json.dumps({"model": "a", "scale": None, "image_size": 56}))
+    assert script.settings_of(out, "a", "small")["scale"] == "small"
+    assert script.settings_of(out, "a", "auto")["scale"] is None
+    runner = importlib.import_module("demonstration.runner")
+    with runner.working(out, print), pytest.raises(ValueError, match="another demo is at work"):
+        script.prepare_folder(out, True)
+    script.prepare_folder(out, True)
+    assert not (out / "demo.json").exists()
+    assert script.settings_of(out, "vggt-mini", "auto") == {"model": "vggt-mini", "scale": None, "image_size": 80}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_stops_all_and_says_how_to_go_on(tmp_path: Path, number: int, status: int) -> None:
+    """The page says that it was stopped, and the commands are gone."""
+    with subprocess.Popen(
+        command("--out", "out"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        page = tmp_path / "out" / "index.html"
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"The page is {page}: open it now, it grows with what is done.\n"
+        wait_until(lambda: (tmp_path / "out" / "steps" / "scenes.log").exists(), process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert said.splitlines()[-1] == "demo: stopped; the same command continues"
+    assert "It was stopped. The same command continues." in self_contained(page.read_text(encoding="utf-8")).words
+    assert json.loads((tmp_path / "out" / "demo.json").read_text())["calls"][0] > 0
+    # The lock is free once the last command has ended.
+    import fcntl
+
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def mtimes(folder: Path) -> dict[str, int]:
@@ -242,17 +326,24 @@ def test_a_toy_runs_is_killed_goes_on_and_then_rests(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_until((out / "steps" / "people.json").exists, process)
+        wait_until((out / "steps" / "people-held-out.json").exists, process)
         process.send_signal(signal.SIGKILL)
-    before = mtimes(out / "people")
+    before = mtimes(out / "people-held-out")
+    assert self_contained((out / "index.html").read_text(encoding="utf-8")).sections == ["progress", *SECTIONS]
+    first = json.loads((out / "demo.json").read_text())["calls"]
+    assert len(first) == 1 and first[0] > 0
 
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "prepare_rooms.py people --out out/people --scenes" not in done.stdout  # not again
-    assert mtimes(out / "people") == before
+    assert "prepare_rooms.py people --out out/people-held-out --scenes" not in done.stdout  # not again
+    assert mtimes(out / "people-held-out") == before
     assert f"Open this page: {out / 'index.html'}" in done.stdout
     reader = self_contained((out / "index.html").read_text(encoding="utf-8"))
     assert reader.sections == SECTIONS and "toy scale" in reader.words
+    record = json.loads((out / "demo.json").read_text())
+    assert record["calls"][0] == first[0] and len(record["calls"]) == 2
+    assert f"{sum(record['calls']):.0f} seconds in 2 calls" in done.stdout
+    assert record["scale"] == "toy" and record["speed"]["step"] > 0 and record["why"] in done.stdout + reader.words
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["methods"]) == {"base", "lora", "cores"}
     assert summary["methods"]["cores"]["trainable"] > 0 and summary["adapters"] == 8

@@ -1,6 +1,8 @@
 """The page of the demo: one HTML file with everything in it but the basis report, which it links to.
 
-Nothing in it reaches for a network, and a Content-Security-Policy refuses what would.
+It is written from the first minute on and grows with what the commands leave: an unfinished page says so, says what
+is being done in the place of what is missing, and reloads itself. Nothing in it reaches for a network, and a
+Content-Security-Policy refuses what would.
 """
 
 from __future__ import annotations
@@ -9,23 +11,30 @@ import base64
 import io
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
-from peft_attrsub.datasets import open_benchmark
 from peft_attrsub.evaluation.files import write_atomically
 from peft_attrsub.evaluation.markdown import Column, parameters_text, point_columns
 
 from .clouds import clouds
-from .plan import ATTRIBUTES, METHODS, Step
+from .estimate import spoken
+from .plan import METHODS, SHEET, Step
 from .results import NAMES, collect, forgotten, sentences
+from .scales import ATTRIBUTES
 
 PAGE, SUMMARY, REPORT = "index.html", "summary.json", "report.html"
+#: Seconds after which an unfinished page reloads itself.
+RELOAD = 5
+#: A training's precision, in words.
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 HERE = Path(__file__).resolve().parent
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _VARIES = {
@@ -36,80 +45,104 @@ _VARIES = {
 }
 
 
-def write_page(out: Path, settings: Mapping[str, Any], steps: Sequence[Step]) -> list[str]:
-    """Write index.html and summary.json of a demo whose steps are all done; the sentences that the page opens with."""
+@dataclass(frozen=True)
+class Status:
+    """How far an unfinished demo is. share: of its work, in [0, 1]. left: seconds, None where it is not known yet.
+    running: titles of the commands at work, each with its share. stopped: why nothing is at work, or ""."""
+
+    share: float = 0.0
+    left: float | None = None
+    running: tuple[tuple[str, float], ...] = ()
+    stopped: str = ""
+
+
+def write_page(
+    out: Path, settings: Mapping[str, Any], steps: Sequence[Step], status: Status | None = None
+) -> list[str]:
+    """Write index.html of what is there; with all steps done, and no status, summary.json as well.
+
+    Returns the sentences that a finished page opens with.
+    """
     result = collect(out, settings, steps)
-    said = sentences(result)
-    write_atomically(out / SUMMARY, (json.dumps(_finite(result) | {"says": said}, indent=1) + "\n").encode())
-    write_atomically(out / PAGE, render(result, pictures(out, result)).encode())
-    return said
+    if status is None:
+        said = sentences(result)
+        write_atomically(out / SUMMARY, (json.dumps(_finite(result) | {"says": said}, indent=1) + "\n").encode())
+    write_atomically(out / PAGE, render(result, pictures(out), status).encode())
+    return said if status is None else []
 
 
-def pictures(out: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows: "sheets" attribute -> PNG, "panels" method -> PNG, "clouds", "sequence"."""
-    sheets = {attribute: sheet(out / "data" / f"{attribute}_00") for attribute in ATTRIBUTES}
-    measured = result["methods"]["base"]["people"]["errors"]
-    folders = {method: out / "measured" / f"people-{method}" / "pictures" for method in METHODS}
-    name = quote(next(iter(measured), ""), safe=" ,=+()")
-    if not name or not all((folder / f"{name}.png").is_file() for folder in folders.values()):
+def pictures(out: Path) -> dict[str, Any]:
+    """What there is to show: "sheets" attribute -> PNG, "panels" method -> PNG, "clouds", "sequence"."""
+    datasets = {attribute: out / "data" / f"{attribute}_00" for attribute in ATTRIBUTES}
+    sheets = {name: sheet(folder) for name, folder in datasets.items() if (folder / SHEET).is_file()}
+    folders = {method: out / "measured" / f"people-{method}" for method in METHODS}
+    folders = {method: folder / "pictures" for method, folder in folders.items() if (folder / "table.md").is_file()}
+    # Of the first room that is shown for all of them: names are quoted as evaluate.py quotes them.
+    found = [{path.stem for path in folder.glob("*.png")} for folder in folders.values()]
+    names = sorted(set.intersection(*found)) if found else []
+    if not names:
         return {"sheets": sheets, "panels": {}, "clouds": [], "sequence": ""}
     return {
         "sheets": sheets,
-        "panels": {method: (folder / f"{name}.png").read_bytes() for method, folder in folders.items()},
-        "clouds": clouds(folders, name),
-        "sequence": name,
+        "panels": {method: (folder / f"{names[0]}.png").read_bytes() for method, folder in folders.items()},
+        "clouds": clouds(folders, names[0]),
+        "sequence": names[0],
     }
 
 
+@lru_cache(16)
 def sheet(folder: Path, scenes: int = 3, views: int = 4) -> bytes:
     """A PNG of a dataset's first scenes as rows and some of their views as columns, with nothing between or around."""
     from PIL import Image
 
-    dataset, rows = open_benchmark("scenes", folder), []
-    for name in dataset.names[:scenes]:
-        images = dataset.read(name).images  # (V, 3, H, W)
-        chosen = images[[index * len(images) // views for index in range(views)]]
-        rows.append(np.concatenate(list(chosen.permute(0, 2, 3, 1).numpy()), axis=1))
-    picture = np.rint(255 * np.concatenate(rows)).astype(np.uint8)
+    rows = []
+    for scene in sorted(folder.glob("scene_*"))[:scenes]:
+        paths = sorted(path for path in (scene / "images").iterdir() if not path.name.startswith("."))
+        chosen = [paths[index * len(paths) // views] for index in range(views)]
+        rows.append(np.concatenate([np.asarray(Image.open(path).convert("RGB")) for path in chosen], axis=1))
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
+    Image.fromarray(np.concatenate(rows)).save(stream, "PNG")
     return stream.getvalue()
 
 
-def render(result: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
-    """The page as text, from `results.collect` and `pictures`."""
+def render(result: Mapping[str, Any], shown: Mapping[str, Any], status: Status | None = None) -> str:
+    """The page as text, from `results.collect` and `pictures`; with a status it is an unfinished one."""
     parts = [
-        _result(result),
-        _clouds(shown),
-        _panels(shown),
-        _scenes(result, shown),
-        _basis(result),
+        "" if status is None else _progress(result, status),
+        _result(result, status),
+        _clouds(shown, status),
+        _panels(shown, status),
+        _scenes(result, shown, status),
+        _basis(result, status),
         _commands(result),
     ]
     settings, style = result["settings"], (HERE / "page.css").read_text(encoding="utf-8")
     data = json.dumps([{k: v for k, v in cloud.items() if k != "label"} for cloud in shown["clouds"]])
     script = (HERE / "clouds.js").read_text(encoding="utf-8") if shown["clouds"] else ""
-    toy = " This is the toy scale, in which nothing can be learnt." if settings["scale"] == "toy" else ""
+    toy = " This is the toy scale, in which nothing can be learned." if settings["scale"] == "toy" else ""
+    model, clock = escape(_model(settings)), time.strftime("%H:%M:%S")
+    foot = f"all numbers are in {SUMMARY} next to this page" if status is None else f"written at {clock}"
+    foot = f"Made by examples/vggt/demo.py; {foot}."
+    reload = "" if status is None else f'<meta http-equiv="refresh" content="{RELOAD}">\n'
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>peft_attrsub: the demo</title>
+{reload}<title>{"" if status is None else f"{_percent(status.share)}: "}peft_attrsub: the demo</title>
 <style>
 {style}</style>
 </head>
 <body>
 <header>
-<h1>Attribute subspaces, from made scenes to tuned cores</h1>
-<p class="lead">{escape(_model(settings))} ({parameters_text(settings["parameters"])} parameters) was tuned on
-made-up people in rooms, by a LoRA and by cores in a basis mined from {result["adapters"]} adapters, each of which saw
-scenes in which one attribute varies.{toy}</p>
+<h1>Attribute subspaces, from synthetic scenes to tuned cores</h1>
+<p class="lead">{model} is tuned on synthetic people in rooms in two ways: by a LoRA, and by cores in a basis. The
+basis is mined from adapters, each of which was trained on scenes in which one attribute varies.{toy}</p>
 </header>
 <main>
 {"".join(parts)}</main>
-<footer>Made by examples/vggt/demo.py; all numbers are in {SUMMARY} beside this page.</footer>
+<footer>{foot}</footer>
 <script id="clouds" type="application/json">{data}</script>
 <script>
 {script}</script>
@@ -119,38 +152,77 @@ scenes in which one attribute varies.{toy}</p>
 
 
 def _model(settings: Mapping[str, Any]) -> str:
-    return Path(str(settings["model"])).name
+    name, count = Path(str(settings["model"])).name, (settings.get("speed") or {}).get("parameters")
+    return f"{name} ({parameters_text(count)} parameters)" if count else name
 
 
-def _result(result: Mapping[str, Any]) -> str:
-    says = "".join(f"<li>{escape(text)}</li>" for text in sentences(result))
+def _progress(result: Mapping[str, Any], status: Status) -> str:
+    """What an unfinished page begins with."""
+    share = _percent(status.share)
+    if status.stopped:
+        head, text = f"Stopped at {share}", f"{status.stopped} The same command continues."
+    else:
+        left = "measuring this machine" if status.left is None else f"about {spoken(status.left)} left"
+        head = f"At work: {share}, {left}"
+        text = ", ".join(f"{title}{f' {_percent(part)}' if part else ''}" for title, part in status.running)
+        text = f"Now: {text}." if text else ""
     return (
-        f'<section id="result"><h2>What came out</h2><ul class="says">{says}</ul>'
-        f'<div class="wide" style="margin-top:14px">{table(result)}</div>'
+        f'<section id="progress"><h2>{head}</h2><div class="bar"><div style="width:{100 * status.share:.1f}%"></div>'
+        f'</div><p>{escape(text)}</p><p class="note">This page is unfinished: it was written at '
+        f"{time.strftime('%H:%M:%S')} and reloads itself every {RELOAD} seconds.</p></section>"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{math.floor(100 * share)} %"
+
+
+def _later(name: str, title: str, text: str, status: Status | None) -> str:
+    """A section that has nothing to show: what it waits for, or nothing at all on a finished page."""
+    if status is None:
+        return ""
+    return f'<section id="{name}" class="later"><h2>{title}</h2><p>{escape(text)}</p></section>'
+
+
+def _result(result: Mapping[str, Any], status: Status | None) -> str:
+    measured = any(values["people"]["sequences"] for values in result["methods"].values())
+    if status is not None and not measured:
+        return _later("result", "Results", "Each model is measured on held-out people and on generic scenes.", status)
+    if status is None:
+        says = "".join(f"<li>{escape(text)}</li>" for text in sentences(result))
+        says = f'<ul class="says">{says}</ul>'
+    else:
+        says = "<p>So far; a dash is still to be measured.</p>"
+    numbers = table(result, marked=status is None)
+    return (
+        f'<section id="result"><h2>Results</h2>{says}'
+        f'<div class="wide" tabindex="0" role="region" aria-label="results">{numbers}</div>'
         '<p class="note">Acc: mean distance from a predicted point to the true surface; Comp: from the true surface '
         "to the prediction; NC: agreement of normals; after a similarity and ICP. People: in thousandths of their "
-        "height; scenes: in centimetres. Forgetting: growth of (Acc + Comp) / 2 on generic scenes from the model as "
-        "it is. Seconds: of training on one core, beside other commands. The heads stay frozen, data and steps are "
+        "height; scenes: in centimeters. Forgetting: growth of (Acc + Comp) / 2 on generic scenes from the model as "
+        "it is. Seconds: of training on one core, next to other commands. The heads stay frozen; data and steps are "
         "the same for both.</p>"
         "</section>"
     )
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any], *, marked: bool = True) -> str:
     """The result table, a row per method; what prints best in a column is marked."""
     columns = [("people", column) for column in point_columns(1e-3)] + [("scenes", c) for c in point_columns(1e-2)]
     methods = result["methods"]
-    best = {(place, c.key): _best(methods, place, c) for place, c in columns}
+    best = {(place, c.key): _best(methods, place, c) if marked else "" for place, c in columns}
     rows = []
     for method in METHODS:
         values = methods[method]
-        cells = [f"<td>{parameters_text(values['trainable'])}</td>"]
+        count = values["trainable"]
+        cells = [f"<td>{'–' if count is None else parameters_text(count)}</td>"]
         for place, column in columns:
             text = _text(column, values[place][column.key])
             mark = ' class="best"' if text != "–" and text == best[place, column.key] else ""
             cells.append(f"<td{mark}>{text}</td>")
         cells.append(f"<td>{_grown(result, method)}</td>")
-        cells.append(f"<td>{values['seconds']:.0f}</td>" if method != "base" else "<td>–</td>")
+        seconds = values["seconds"]
+        cells.append(f"<td>{seconds:.0f}</td>" if method != "base" and seconds is not None else "<td>–</td>")
         rows.append(f"<tr><td>{escape(NAMES[method])}</td>{''.join(cells)}</tr>")
     names = "".join(
         f"<th>{column.title.split(' ')[0]} {'↑' if column.best == 'high' else '↓'}</th>" for _, column in columns
@@ -181,9 +253,10 @@ def _grown(result: Mapping[str, Any], method: str) -> str:
     return "0.0 %" if text in ("+0.0 %", "-0.0 %") else text.replace("-", "−")
 
 
-def _clouds(shown: Mapping[str, Any]) -> str:
+def _clouds(shown: Mapping[str, Any], status: Status | None) -> str:
+    title = "Points: predictions and truth"
     if not shown["clouds"]:
-        return ""
+        return _later("points", title, "Shown once the untuned model has been measured on held-out people.", status)
     names = {"truth": "truth"} | NAMES
     figures = "".join(
         f"<figure><figcaption><b>{escape(names[cloud['label']])}</b></figcaption>"
@@ -192,17 +265,18 @@ def _clouds(shown: Mapping[str, Any]) -> str:
         for number, cloud in enumerate(shown["clouds"])
     )
     return (
-        f'<section id="points"><h2>Points, prediction beside truth</h2><p>Room {escape(shown["sequence"])}, which no '
-        "training saw, from all views, in the colours of the pictures; predictions are aligned to the truth as they "
+        f'<section id="points"><h2>{title}</h2><p>Room {escape(shown["sequence"])}, which no '
+        "training saw, from all views, in the colors of the pictures; predictions are aligned to the truth as they "
         "are for the table. Drag to turn, or use the arrow keys.</p>"
         '<p><button id="nearer" type="button">nearer</button> '
         f'<button id="farther" type="button">farther</button></p><div class="grid">{figures}</div></section>'
     )
 
 
-def _panels(shown: Mapping[str, Any]) -> str:
+def _panels(shown: Mapping[str, Any], status: Status | None) -> str:
+    title = "Depth and its error"
     if not shown["panels"]:
-        return ""
+        return _later("depth", title, "Shown once the untuned model has been measured on held-out people.", status)
     figures = "".join(
         f"<figure><figcaption><b>{escape(NAMES[method])}</b></figcaption>"
         f'<img alt="depth of {escape(NAMES[method])}: image, prediction, truth, error" src="{_uri(data)}">'
@@ -210,25 +284,36 @@ def _panels(shown: Mapping[str, Any]) -> str:
         for method, data in shown["panels"].items()
     )
     return (
-        '<section id="depth"><h2>Depth and its error</h2><p>The same room: image, predicted depth, true depth, and '
-        f'relative error. Each picture has its own scale of the error, which stands below it.</p><div class="three">'
+        f'<section id="depth"><h2>{title}</h2><p>The same room: image, predicted depth, true depth, and '
+        f'relative error. Each picture has its own scale of the error, given below it.</p><div class="three">'
         f"{figures}</div></section>"
     )
 
 
-def _scenes(result: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
+def _scenes(result: Mapping[str, Any], shown: Mapping[str, Any], status: Status | None) -> str:
+    title = "Scenes in which one attribute varies"
+    if status is not None and not shown["sheets"]:
+        return _later("scenes", title, "The first ones are being rendered.", status)
     figures = "".join(
         f"<figure><figcaption><b>{attribute}</b>: {_VARIES[attribute]}</figcaption>"
         f'<img alt="three scenes of the attribute {attribute}" src="{_uri(data)}"></figure>'
         for attribute, data in shown["sheets"].items()
     )
+    missing = [attribute for attribute in ATTRIBUTES if attribute not in shown["sheets"]]
+    more = f" Still to be rendered: {', '.join(missing)}." if status is not None and missing else ""
     return (
-        '<section id="scenes"><h2>Scenes in which one attribute varies</h2><p>Three scenes of one dataset of each '
-        f'attribute, one per row.</p><div class="pairs">{figures}</div></section>'
+        f'<section id="scenes"><h2>{title}</h2><p>Three scenes of one dataset of each '
+        f'attribute, one per row.{more}</p><div class="pairs">{figures}</div></section>'
     )
 
 
-def _basis(result: Mapping[str, Any]) -> str:
+def _basis(result: Mapping[str, Any], status: Status | None) -> str:
+    title = "The mined basis"
+    if status is not None and not result["basis"]:
+        count = result["adapters"]
+        planned = f" of {result['settings']['adapters']}" if "adapters" in result["settings"] else ""
+        text = f"The basis is mined once the adapters are trained: {count}{planned} so far."
+        return _later("basis", title, text, status)
     tiles = "".join(
         f'<div class="finding"><p class="topic">{escape(one["topic"])}</p>'
         f'<p class="headline">{escape(one["headline"])}</p>'
@@ -236,8 +321,9 @@ def _basis(result: Mapping[str, Any]) -> str:
         for one in result["basis"]
     )
     return (
-        f'<section id="basis"><h2>The mined basis</h2><p>{escape(", ".join(result["attributes"]))}; everything about '
-        f'it, module by module: <a href="{REPORT}">{REPORT}</a>.</p><div class="pairs">{tiles}</div></section>'
+        f'<section id="basis"><h2>{title}</h2><p>Mined from {result["adapters"]} adapters: '
+        f"{escape(', '.join(result['attributes']))}. Everything about it, module by module: "
+        f'<a href="{REPORT}">{REPORT}</a>.</p><div class="pairs">{tiles}</div></section>'
     )
 
 
@@ -246,13 +332,40 @@ def _commands(result: Mapping[str, Any]) -> str:
         f"<li>{escape(step['title'])}, {step['seconds']:.0f} s<code>{escape(step['command'])}</code></li>"
         for step in result["steps"]
     )
-    total = sum(step["seconds"] for step in result["steps"])
+    count, total = len(result["steps"]), sum(step["seconds"] for step in result["steps"])
+    run = "have run" if count != 1 else "has run"
     return (
-        f'<section id="commands"><h2>The commands</h2><p>{len(result["steps"])} commands, {total:.0f} seconds of '
-        "theirs together; several ran side by side. A command that was stopped and continued counts from its last "
-        "start.</p>"
+        f'<section id="commands"><h2>How it was made</h2>{made(result)}<p>{count} command{"s" * (count != 1)} {run}, '
+        f"{total:.0f} seconds of theirs together; several run side by side. A command that was stopped and continued "
+        "counts from its last start.</p>"
         f'<details><summary>show them</summary><ol class="commands">{items}</ol></details></section>'
     )
+
+
+def made(result: Mapping[str, Any]) -> str:
+    """Scale, precision, machine and time as paragraphs, as far as they are known."""
+    settings = result["settings"]
+    said = []
+    if settings.get("why"):
+        said.append(settings["why"])
+    if settings["scale"] == "small":
+        said.append(
+            "The small scale has fewer rooms and training steps than the laptop's, so its differences say less."
+        )
+    if precision := result["precision"]:
+        why = f" ({precision['why']})" if precision["why"] else ""
+        said.append(f"Trainings computed in {PRECISIONS.get(precision['name'], precision['name'])}{why}.")
+    speed = settings.get("speed") or {}
+    if speed:
+        workers = settings.get("workers", 1)
+        said.append(
+            f"Machine: {speed['processor']} ({speed['instructions']}), torch {speed['torch']}, "
+            f"{workers} command{'s' * (workers != 1)} at a time, one core each."
+        )
+    if calls := settings.get("calls"):
+        runs = f", in {len(calls)} runs" if len(calls) > 1 else ""
+        said.append(f"Time: {sum(calls):.0f} seconds{runs}.")
+    return f"<p>{escape(' '.join(said))}</p>" if said else ""
 
 
 def _uri(data: bytes) -> str:

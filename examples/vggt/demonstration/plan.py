@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,97 +15,32 @@ import yaml
 from peft_attrsub.datasets.writing import CAMERAS
 from peft_attrsub.evaluation.files import write_atomically
 
-ATTRIBUTES = ("texture", "geometry", "camera", "lighting")
+from .scales import ATTRIBUTES, Scale
+
 #: The three rows of the table: the model as it is, and the two ways to tune it.
 METHODS = ("base", "lora", "cores")
 TUNED = ("lora", "cores")
 FOLDER = Path(__file__).resolve().parents[1]
-SETTINGS, MEASURED = "training.yaml", "measured.json"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything. datasets: per attribute, with `scenes` of `views` each. generic: held-out scenes in
-    which everything varies, to see what is forgotten. people, held_out: rooms with people to learn from and to measure
-    on, of `shots` views each, of which every second is measured. detail: cells per height of a person. rank, steps,
-    rate, a_ratio: of an adapter on a dataset. lora_rank, dim: of the two ways to tune (dim: per attribute), with
-    `tune_steps` and rates of their own. images: per step. draws: of random subspaces, for the report."""
-
-    datasets: int
-    scenes: int
-    views: int
-    generic: int
-    people: int
-    held_out: int
-    shots: int
-    detail: int
-    rank: int
-    steps: int
-    rate: float
-    dim: int
-    lora_rank: int
-    tune_steps: int
-    lora_rate: float
-    cores_rate: float
-    a_ratio: float = 4.0
-    images: int = 8
-    draws: int = 200
-
-
-SCALES = {
-    "laptop": Scale(
-        datasets=2,
-        scenes=6,
-        views=6,
-        generic=6,
-        people=24,
-        held_out=8,
-        shots=8,
-        detail=40,
-        rank=8,
-        steps=30,
-        rate=2e-3,
-        dim=8,
-        lora_rank=8,
-        tune_steps=80,
-        # The best of 1e-3, 3e-3, 1e-2 by (Acc + Comp) / 2 in eight rooms of seed 2, for both.
-        lora_rate=1e-2,
-        cores_rate=3e-3,
-    ),
-    # For tests: every step happens, nothing is learnt.
-    "toy": Scale(
-        datasets=2,
-        scenes=1,
-        views=4,
-        generic=1,
-        people=2,
-        held_out=1,
-        shots=4,
-        detail=24,
-        rank=2,
-        steps=2,
-        rate=1e-3,
-        dim=2,
-        lora_rank=2,
-        tune_steps=2,
-        lora_rate=1e-3,
-        cores_rate=1e-3,
-        images=4,
-        draws=10,
-    ),
-}
+SETTINGS, MEASURED, SPEED = "training.yaml", "measured.json", "speed.json"
+SHEET = "contact_sheet.png"
+#: Views of the scene that speed.py renders.
+VIEWS = 6
 
 
 @dataclass(frozen=True)
 class Step:
     """One command. name: of its record and log. title: for people. words: as typed after `python examples/vggt/`, or
-    after nothing for peft-attrsub. product: what is there once it is done. after: names of the steps it waits for."""
+    after nothing for peft-attrsub. product: what is there once it is done. after: names of the steps it waits for.
+    parts: how the command calls what it does one after the other, in its progress bars; each takes as long. effort:
+    how much of each kind of work it is, by the names of `estimate.KINDS`."""
 
     name: str
     title: str
     words: tuple[str, ...]
     product: Path
     after: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    effort: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def typed(self) -> str:
@@ -165,34 +100,55 @@ def measured_views(scale: Scale) -> dict[str, list[str]]:
     return {_id(number): [f"{view:03d}" for view in range(0, scale.shots, 2)] for number in range(scale.held_out)}
 
 
+def opening(out: Path, model: str, image_size: int, scale: Scale) -> list[Step]:
+    """The commands that come first: how fast the machine is, and the first scenes. They are the same for all scales
+    among which `--scale auto` chooses, and so can be started before the choice."""
+    words = ["demonstration/speed.py", "--out", out / "speed", "--config", out / SETTINGS, "--model", model]
+    words += ["--size", image_size]
+    effort = {"start": 1.2, "dataset": 1, "scene": 1, "step": 4}
+    speed = _step("speed", "how fast this machine is", words, out / "speed" / SPEED, effort=effort)
+    names = tuple(f"{attribute}_{index:02d}" for attribute in ATTRIBUTES for index in range(scale.datasets))
+    words = ["generate_scenes.py", "--attribute", "all", "--datasets", scale.datasets, "--out", out / "data"]
+    return [
+        speed,
+        _rendering("scenes", "scenes in which one attribute varies", words, names, scale.scenes, scale, image_size),
+    ]
+
+
 def plan(out: Path, model: str, image_size: int, scale: Scale) -> list[Step]:
-    """All commands, in an order in which each one's predecessors stand before it."""
-    steps = [*_data(out, image_size, scale), *_mining(out, model, scale), *_tuning(out, model, scale)]
-    return [*steps, *_measuring(out, model, image_size)]
+    """All commands, in an order in which each one's predecessors stand before it.
+
+    A free core takes the first that can be started: what shows something early stands early, and what only waits
+    for a core stands late, to fill the time in which the long chain (adapters, basis, cores) leaves one free.
+    """
+    data = {step.name: step for step in _data(out, image_size, scale)}
+    measuring = {step.name: step for step in _measuring(out, model, image_size, scale)}
+    mining, tuning = _mining(out, model, scale), _tuning(out, model, scale)
+    early = [data.pop("people-held-out"), measuring.pop("measure-people-base")]
+    return [*opening(out, model, image_size, scale), *early, *mining, *data.values(), *tuning, *measuring.values()]
+
+
+def _rendering(
+    name: str, title: str, words: Sequence[Any], datasets: tuple[str, ...], scenes: int, scale: Scale, size: int
+) -> Step:
+    """generate_scenes.py for these datasets, on one core: the other ones are taken by other commands."""
+    words = [*words, "--scenes", scenes, "--views", scale.views, "--size", size, "--workers", 1]
+    place = Path(words[words.index("--out") + 1])
+    effort = {"start": 1, "dataset": len(datasets), "scene": len(datasets) * scenes * scale.views / VIEWS}
+    return _step(name, title, words, place / datasets[-1] / SHEET, parts=datasets, effort=effort)
 
 
 def _data(out: Path, size: int, scale: Scale) -> list[Step]:
-    scenes = ["--scenes", str(scale.scenes), "--views", str(scale.views), "--size", str(size)]
-    # One core per command: the others are taken by the commands beside it.
-    scenes = ["generate_scenes.py", "--attribute", "all", "--datasets", str(scale.datasets), *scenes, "--workers", "1"]
-    generic = ["--scenes", str(scale.generic), "--views", str(scale.views), "--size", str(size), "--workers", "1"]
-    generic = ["generate_scenes.py", "--attribute", "mixed", "--datasets", "1", "--seed", "7", *generic]
-    last = f"{ATTRIBUTES[-1]}_{scale.datasets - 1:02d}"
-    made = [
-        _step(
-            "scenes",
-            "scenes in which one attribute varies",
-            [*scenes, "--out", out / "data"],
-            out / "data" / last / "contact_sheet.png",
-        ),
-    ]
+    made = []
     for seed, (name, rooms) in enumerate((("people", scale.people), ("people-held-out", scale.held_out))):
         words = ["prepare_rooms.py", "people", "--out", out / name, "--scenes", rooms, "--views", scale.shots]
         words += ["--size", size, "--detail", scale.detail, "--seed", seed]
-        title = "rooms with people" + (" that nothing is learnt from" if seed else "")
-        made.append(_step(name, title, words, out / name / _id(rooms - 1) / CAMERAS))
-    words = [*generic, "--out", out / "generic"]
-    made.append(_step("generic", "generic scenes", words, out / "generic" / "mixed_00" / "contact_sheet.png"))
+        title = "rooms with people" + (" that nothing is trained on" if seed else "")
+        effort = {"start": 1, "room": rooms * scale.shots / 8}
+        parts = ("stand-in for THuman", "people in rooms")
+        made.append(_step(name, title, words, out / name / _id(rooms - 1) / CAMERAS, parts=parts, effort=effort))
+    words = ["generate_scenes.py", "--attribute", "mixed", "--datasets", 1, "--seed", 7, "--out", out / "generic"]
+    made.append(_rendering("generic", "generic scenes", words, ("mixed_00",), scale.generic, scale, size))
     return made
 
 
@@ -202,44 +158,41 @@ def _mining(out: Path, model: str, scale: Scale) -> list[Step]:
         names = [f"{attribute}_{index:02d}" for index in range(scale.datasets)]
         words = ["train_lora_cluster.py", "--datasets", out / "data", "--only", *names, "--out", out / "adapters"]
         words += ["--model", model, "--rank", scale.rank, "--steps", scale.steps, "--lr", f"{scale.rate:g}"]
-        # A LoRA's A starts at random: one start for all attributes would be shared by them without having been learnt,
-        # and after few steps a slow one would still be that start.
+        # A LoRA's A starts at random. With one start for all attributes they would share it without having learned
+        # it, and after a few slow steps A would still be that start.
         words += ["--lora-a-ratio", f"{scale.a_ratio:g}", "--seed", number, "--config", out / SETTINGS]
         product = out / "adapters" / names[-1] / "adapter_config.json"
-        steps.append(_step(f"adapters-{attribute}", f"adapters on {attribute}", words, product, ("scenes",)))
+        effort = {"start": 1, "adapter": len(names), "step": len(names) * scale.steps}
+        title = f"adapters on {attribute}"
+        steps.append(_step(f"adapters-{attribute}", title, words, product, ("scenes",), tuple(names), effort))
     before = tuple(step.name for step in steps)
-    words = [
-        "peft-attrsub",
-        "build-basis",
-        f"{out / 'adapters'}/*",
-        "-o",
-        out / "basis",
-        "--dim",
-        scale.dim,
-        "--overwrite",
-    ]
-    steps.append(_step("basis", "the subspace of each attribute", words, out / "basis" / "basis_config.json", before))
+    words = ["peft-attrsub", "build-basis", f"{out / 'adapters'}/*", "-o", out / "basis", "--dim", scale.dim]
+    words += ["--overwrite"]
+    product, effort = out / "basis" / "basis_config.json", {"start": 1, "mining": len(ATTRIBUTES) * scale.datasets / 8}
+    steps.append(_step("basis", "the subspace of each attribute", words, product, before, effort=effort))
     words = ["peft-attrsub", "report", out / "basis", "-o", out / "report.html", "--json", out / "analysis.json"]
     words += ["--draws", scale.draws]
-    steps.append(_step("report", "the report of the basis", words, out / "report.html", ("basis",)))
+    product = out / "report.html"
+    steps.append(_step("report", "the report of the basis", words, product, ("basis",), effort={"start": 1}))
     return steps
 
 
 def _tuning(out: Path, model: str, scale: Scale) -> list[Step]:
     steps = []
     for method, options, rate, before in (
-        ("lora", ["--method", "lora", "--rank", scale.lora_rank], scale.lora_rate, ("people",)),
         ("cores", ["--method", "attrsub", "--basis", out / "basis"], scale.cores_rate, ("people", "basis")),
+        ("lora", ["--method", "lora", "--rank", scale.lora_rank], scale.lora_rate, ("people",)),
     ):
         words = ["finetune.py", *options, "--benchmark", "human", "--data", out / "people", "--model", model]
         words += ["--steps", scale.tune_steps, "--lr", f"{rate:g}", "--config", out / SETTINGS]
         place = out / "tuned" / method
         title = f"{'a LoRA' if method == 'lora' else 'cores'} on the people"
-        steps.append(_step(f"tune-{method}", title, [*words, "--out", place], place / "summary.json", before))
+        words, effort = [*words, "--out", place], {"start": 1, "adapter": 1, "step": scale.tune_steps}
+        steps.append(_step(f"tune-{method}", title, words, place / "summary.json", before, (method,), effort))
     return steps
 
 
-def _measuring(out: Path, model: str, size: int) -> list[Step]:
+def _measuring(out: Path, model: str, size: int, scale: Scale) -> list[Step]:
     steps = []
     for method in METHODS:
         for where, benchmark, data in (("people", "human", "people-held-out"), ("scenes", "scenes", "generic")):
@@ -254,12 +207,22 @@ def _measuring(out: Path, model: str, size: int) -> list[Step]:
             place = out / "measured" / f"{where}-{method}"
             words += ["--out", place]
             title = f"{method} on {'held-out people' if where == 'people' else 'generic scenes'}"
-            steps.append(_step(f"measure-{where}-{method}", title, words, place / "table.md", tuple(before)))
+            effort = {"start": 1, "sequence": scale.held_out if where == "people" else scale.generic}
+            name, product = f"measure-{where}-{method}", place / "table.md"
+            steps.append(_step(name, title, words, product, tuple(before), (benchmark,), effort))
     return steps
 
 
-def _step(name: str, title: str, words: Sequence[Any], product: Path, after: tuple[str, ...] = ()) -> Step:
-    return Step(name, title, tuple(map(str, words)), product, after)
+def _step(
+    name: str,
+    title: str,
+    words: Sequence[Any],
+    product: Path,
+    after: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
+    effort: Mapping[str, float] | None = None,
+) -> Step:
+    return Step(name, title, tuple(map(str, words)), product, after, parts, dict(effort or {}))
 
 
 def _id(index: int) -> str:

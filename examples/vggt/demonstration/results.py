@@ -11,8 +11,9 @@ from peft_attrsub.analysis.findings import findings
 from peft_attrsub.evaluation.markdown import parameters_text
 from peft_attrsub.evaluation.tables import read_csv, read_summary
 
-from .plan import METHODS, TUNED, Step, read_json
+from .plan import METHODS, SPEED, TUNED, Step, read_json
 from .runner import record_of
+from .scales import ATTRIBUTES
 
 #: Errors that differ by less than this share count as equal.
 EQUAL = 0.005
@@ -21,28 +22,34 @@ PLACES = ("people", "scenes")
 
 
 def collect(out: Path, settings: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
-    """All numbers of a finished demo as plain JSON types.
+    """All numbers that are there so far, as plain JSON types.
 
     methods: label -> trainable parameters, seconds of training, and of "people" and "scenes" the means of Acc, Comp
-    (in the unit of the truth), NC in [0, 1], the error of every sequence, (Acc + Comp) / 2, and its mean.
+    (in the unit of the truth), NC in [0, 1], the error of every sequence, (Acc + Comp) / 2, and its mean; None and nan
+    for what is not there yet. finished: whether every step is done.
     """
-    methods = {method: _method(out, method) for method in METHODS}
-    records = {step.name: record_of(out, step) for step in steps}
-    analysis = read_json(out / "analysis.json")
+    records = [(step, record_of(out, step)) for step in steps]
+    analysis = read_json(out / "analysis.json") if (out / "analysis.json").is_file() else {}
     return {
         "settings": dict(settings),
-        "methods": methods,
-        "basis": [{"topic": f.topic, "headline": f.headline, "text": f.text} for f in findings(analysis)],
-        "attributes": analysis["basis"]["attributes"],
-        "adapters": len(analysis["adapters"]),
+        "finished": all(record is not None for _, record in records),
+        "methods": {method: _method(out, method) for method in METHODS},
+        "basis": [{"topic": f.topic, "headline": f.headline, "text": f.text} for f in findings(analysis)]
+        if analysis
+        else [],
+        "attributes": analysis["basis"]["attributes"] if analysis else list(ATTRIBUTES),
+        "adapters": len(list(out.glob("adapters/*/adapter_config.json"))),
+        "precision": _precision(out),
         "steps": [
             {
                 "name": step.name,
                 "title": step.title,
                 "command": step.typed,
-                "seconds": (records[step.name] or {})["seconds"],
+                "seconds": record["seconds"],
+                "cpu_seconds": record.get("cpu_seconds"),
             }
-            for step in steps
+            for step, record in records
+            if record is not None
         ],
     }
 
@@ -50,17 +57,33 @@ def collect(out: Path, settings: Mapping[str, Any], steps: Sequence[Step]) -> di
 def _method(out: Path, method: str) -> dict[str, Any]:
     found: dict[str, Any] = {"trainable": 0, "seconds": 0.0, "steps": 0}
     if method in TUNED:
-        run = read_json(out / "tuned" / method / "summary.json")
-        found = {"trainable": run["trainable_parameters"], "seconds": run["seconds"], "steps": run["steps"]}
+        path = out / "tuned" / method / "summary.json"
+        run = read_json(path) if path.is_file() else {}
+        found = {
+            "trainable": run.get("trainable_parameters"),
+            "seconds": run.get("seconds"),
+            "steps": run.get("steps", 0),
+        }
     for place in PLACES:
         folder = out / "measured" / f"{place}-{method}"
-        summary = read_summary(folder)
-        rows = [row for row in read_csv(folder / "sequences.csv") if row["status"] == "ok"]
+        # Written last: without it the measurement is still at work.
+        there = (folder / "table.md").is_file()
+        rows = [row for row in read_csv(folder / "sequences.csv") if row["status"] == "ok"] if there else []
         errors = {str(row["sequence"]): (row["acc"] + row["comp"]) / 2 for row in rows}
         mean = math.fsum(errors.values()) / len(errors) if errors else math.nan
+        summary = read_summary(folder) if there else {"metrics": {}, "n_sequences": 0}
         metrics = {key: summary["metrics"].get(key, math.nan) for key in ("acc", "comp", "nc")}
         found[place] = metrics | {"errors": errors, "error": mean, "sequences": summary["n_sequences"]}
     return found
+
+
+def _precision(out: Path) -> dict[str, str]:
+    """What the trainings computed in and why, by their own record; empty before the first has ended."""
+    for path in (*(out / "tuned" / method / "summary.json" for method in TUNED), out / "speed" / SPEED):
+        if path.is_file() and (found := read_json(path).get("precision")):
+            name, why = (found["precision"], found.get("why", "")) if isinstance(found, Mapping) else (found, "")
+            return {"name": str(name), "why": str(why)}
+    return {}
 
 
 def change(after: float, before: float) -> float:
@@ -102,10 +125,9 @@ def _learnt(result: Mapping[str, Any], method: str) -> str:
         return f"{name} changed little: on held-out people the error is within half a percent of the base model's."
     if share > 0:
         return f"{name} made held-out people worse: their points err by {percent(share)} more than the base model's."
-    better = sum(after["errors"][one] < before["errors"][one] for one in after["errors"] if one in before["errors"])
     return (
-        f"{name} learnt: on held-out people points err by {percent(share)} less than the base model's "
-        f"(better in {better} of {len(after['errors'])} rooms)."
+        f"{name} learned: on held-out people points err by {percent(share)} less than the base model's "
+        f"({_rooms(after, before, share)})."
     )
 
 
@@ -120,15 +142,22 @@ def _against(result: Mapping[str, Any]) -> str:
         return f"Cores and LoRA could not be compared ({sizes})."
     if abs(share) < EQUAL:
         return f"With {sizes}, the cores are as good as the LoRA on people, to half a percent."
-    common = [one for one in cores["people"]["errors"] if one in lora["people"]["errors"]]
-    closer = sum(cores["people"]["errors"][one] < lora["people"]["errors"][one] for one in common)
     word = "less" if share < 0 else "more"
-    # A mean that most rooms disagree with comes from a few in which one of the two fails.
-    few = "; a few rooms decide" if share * (2 * closer - len(common)) > 0 else ""
     return (
         f"With {sizes}, the cores err by {percent(share)} {word} than the LoRA on people "
-        f"(better in {closer} of {len(common)} rooms{few})."
+        f"({_rooms(cores['people'], lora['people'], share)})."
     )
+
+
+def _rooms(after: Mapping[str, Any], before: Mapping[str, Any], share: float) -> str:
+    """In how many rooms the error is smaller, and whether they agree with the change of the mean, `share`.
+
+    A mean that half of the rooms or more disagree with comes from a few in which one of the two fails.
+    """
+    common = [one for one in after["errors"] if one in before["errors"]]
+    better = sum(after["errors"][one] < before["errors"][one] for one in common)
+    agree = better if share < 0 else len(common) - better
+    return f"better in {better} of {len(common)} rooms{'; a few rooms decide' if 2 * agree <= len(common) else ''}"
 
 
 def _forgetting(result: Mapping[str, Any], method: str) -> str:

@@ -3,6 +3,8 @@
 OUT/steps/<name>.json   the command of a step and the seconds it took, written when it has ended well
 OUT/steps/<name>.log    what it printed
 OUT/.lock               held while a demo, or a command that it started, is at work in OUT
+
+For Linux and macOS: process groups and locks of files are POSIX.
 """
 
 from __future__ import annotations
@@ -15,46 +17,76 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, Protocol
 
 from peft_attrsub.evaluation.files import write_atomically
 
+from .estimate import Job
 from .plan import Step, read_json
 
 STEPS, LOCK, POLL = "steps", ".lock", 0.1
-#: The last bar that a command drew: its share in percent.
-_PERCENT = re.compile(rb"(\d{1,3})%\|")
-_COUNTED = re.compile(rb"(\d+)/(\d+) scenes")
+_COUNTED = re.compile(r"(\d+)/(\d+)")
 
 
 class StepError(RuntimeError):
     """A command failed; the message names it and its log."""
 
 
+class Watcher(Protocol):
+    """Who is told of what happens. Every call may take a moment, but commands that end meanwhile wait for it."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+    def finished(self, step: Step, seconds: float) -> Sequence[Step]:
+        """A step is done; returns steps that have become known by it."""
+
+    def tick(self, running: Sequence[Running]) -> None:
+        """Called some times a second."""
+
+
 @dataclass
 class Running:
-    """A command at work. start: time.monotonic."""
+    """A command at work. start: time.monotonic; cpu: CPU seconds, once it has ended."""
 
     step: Step
     process: subprocess.Popen[bytes]
     log: Path
     start: float = field(default_factory=time.monotonic)
+    cpu: float = 0.0
+    _read: int = 0
+    _parts: dict[str, float] = field(default_factory=dict)
+    _first: tuple[float, float] | None = None
 
-    def share(self) -> str:
-        """How far it says it is, such as " 40 %", or nothing."""
+    def share(self) -> float:
+        """The share of its work that is done, by what it has printed of its parts; it never falls."""
         with self.log.open("rb") as file:
-            file.seek(max(0, os.path.getsize(self.log) - 2000))
-            tail = file.read()
-        shares = [int(found) for found in _PERCENT.findall(tail)]
-        shares = shares or [100 * int(done) // max(1, int(total)) for done, total in _COUNTED.findall(tail)]
-        # A bar that is full is of what came before, such as the loading of weights.
-        return f" {shares[-1]} %" if shares and shares[-1] < 100 else ""
+            file.seek(self._read)
+            lines = re.split(rb"[\r\n]", file.read())
+        # The last line may be half printed.
+        self._read += sum(len(line) + 1 for line in lines[:-1])
+        for line in lines[:-1] + ([lines[-1]] if lines[-1].endswith(b"]") else []):
+            self._note(line.decode(errors="replace").strip())
+        return sum(self._parts.values()) / max(1, len(self.step.parts))
+
+    def _note(self, line: str) -> None:
+        for part in self.step.parts:
+            if not line.startswith((f"{part}:", f"{part} ")):
+                continue
+            count = _COUNTED.search(line, len(part))
+            share = float("done" in line) if count is None else int(count[1]) / max(1, int(count[2]))
+            self._parts[part] = max(self._parts.get(part, 0.0), min(1.0, share))
+
+    def job(self) -> Job:
+        """For the forecast."""
+        seconds, share = time.monotonic() - self.start, self.share()
+        if self._first is None and share > 0:
+            self._first = (seconds, share)
+        return Job(seconds, share, self._first)
 
 
 def record_of(out: Path, step: Step) -> dict[str, Any] | None:
@@ -66,11 +98,12 @@ def record_of(out: Path, step: Step) -> dict[str, Any] | None:
     return record if record["command"] == step.typed else None
 
 
-def run_steps(out: Path, steps: Sequence[Step], workers: int, say: Any = print) -> bool:
-    """Run what is not done, at most `workers` commands at a time; whether anything was.
+def run_steps(out: Path, steps: Sequence[Step], workers: int, watcher: Watcher, lock: int | None = None) -> bool:
+    """Run what is not done, at most `workers` commands at a time; whether anything was. lock: of `working`, where it
+    is held already.
 
-    Raises StepError for the first command that fails, after the others were stopped, and KeyboardInterrupt or
-    SystemExit(143) where a signal asks for it. Trainings save where they are, so the next run continues them.
+    Raises StepError for the first command that fails, after the others were stopped; whatever else is raised, such as
+    KeyboardInterrupt, stops them too. Trainings save where they are, so the next run continues them.
     """
     done = {step.name for step in steps if record_of(out, step) is not None}
     left = [step for step in steps if step.name not in done]
@@ -78,25 +111,54 @@ def run_steps(out: Path, steps: Sequence[Step], workers: int, say: Any = print) 
         return False
     (out / STEPS).mkdir(exist_ok=True)
     at_work: list[Running] = []
-    with _working(out, say) as lock, _terminable(), _bar(len(steps), len(done)) as bar:
+    with working(out, watcher.say) if lock is None else contextlib.nullcontext(lock) as held:
         try:
             while left or at_work:
                 for step in [step for step in left if done.issuperset(step.after)]:
                     if len(at_work) < workers:
                         left.remove(step)
-                        _write(bar, say, f"$ {step.typed}")
-                        at_work.append(_start(out, step, lock))
-                for job in [job for job in at_work if job.process.poll() is not None]:
+                        watcher.say(f"$ {step.typed}")
+                        with _undisturbed():
+                            at_work.append(_start(out, step, held))
+                for job in [job for job in at_work if _ended(job)]:
                     at_work.remove(job)
-                    _finish(out, job)
+                    seconds = _finish(out, job)
                     done.add(job.step.name)
-                    _write(bar, say, f"  {job.step.title}: done in {time.monotonic() - job.start:.0f} s")
-                    bar.update()
-                bar.set_description_str(", ".join(f"{job.step.title}{job.share()}" for job in at_work))
-                time.sleep(POLL)
+                    watcher.say(f"  {job.step.title}: done in {seconds:.0f} s")
+                    for step in watcher.finished(job.step, seconds):
+                        if record_of(out, step) is None:
+                            left.append(step)
+                        else:
+                            done.add(step.name)
+                watcher.tick(at_work)
+                if len(at_work) == workers or not any(done.issuperset(step.after) for step in left):
+                    time.sleep(POLL)
         finally:
-            _stop(at_work)
+            with _undisturbed():
+                _stop(at_work)
     return True
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals take effect at the end: a command that is being started must not be lost, nor one that is stopped."""
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _start(out: Path, step: Step, lock: int) -> Running:
@@ -112,45 +174,68 @@ def _start(out: Path, step: Step, lock: int) -> Running:
             env=environment,
             pass_fds=(lock,),  # so that the lock outlives a killed demo as long as its commands
             start_new_session=True,  # Ctrl-C reaches the demo, which asks its commands to save
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_end_with_parent(),
         )
     return Running(step, process, log)
 
 
-def _end_with_parent() -> None:
-    """Have Linux ask a command to stop when the demo is killed; elsewhere it works to its end."""
-    with contextlib.suppress(OSError, AttributeError, ImportError):
-        import ctypes
+def _end_with_parent() -> Callable[[], Any] | None:
+    """What has Linux ask a command to stop when the demo is killed; elsewhere the command works to its end.
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    The function is looked up here, since after a fork nothing may be imported.
+    """
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    return None if prctl is None else lambda: prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
-def _finish(out: Path, job: Running) -> None:
-    """Record a step that has ended well; StepError for one that has not."""
+def _ended(job: Running) -> bool:
+    """Whether a command has ended; it is then reaped, by which its CPU time becomes known."""
+    before = os.times()
+    if job.process.poll() is None:
+        return False
+    after = os.times()
+    job.cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return True
+
+
+def _finish(out: Path, job: Running) -> float:
+    """Record a step that has ended well, and return its seconds; StepError for one that has not."""
     step, status = job.step, job.process.returncode
     if status != 0 or not step.product.exists():
         lines = [line.strip() for line in re.split(r"[\r\n]", job.log.read_text(errors="replace")) if line.strip()]
         said = lines[-1] if lines else "it said nothing"
         raise StepError(f"{step.title}: the command ended with status {status} ({said}); all of it is in {job.log}.")
-    record = {"command": step.typed, "seconds": round(time.monotonic() - job.start, 1)}
+    seconds = time.monotonic() - job.start
+    record = {"command": step.typed, "seconds": round(seconds, 1), "cpu_seconds": round(job.cpu, 1)}
     write_atomically(out / STEPS / f"{step.name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    return seconds
 
 
 def _stop(at_work: Sequence[Running]) -> None:
     """Ask the commands to save and stop, and see to it that they do."""
     for job in at_work:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.process.pid, signal.SIGTERM)
+        _signal(job, signal.SIGTERM)
     for job in at_work:
         try:
             job.process.wait(30)
         except subprocess.TimeoutExpired:
-            os.killpg(job.process.pid, signal.SIGKILL)
+            _signal(job, signal.SIGKILL)
             job.process.wait()
 
 
+def _signal(job: Running, number: int) -> None:
+    """To the command and all that it has started."""
+    # macOS says that it is not permitted where all of the group have ended.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(job.process.pid, number)
+
+
 @contextlib.contextmanager
-def _working(out: Path, say: Any) -> Iterator[int]:
+def working(out: Path, say: Callable[[str], None]) -> Iterator[int]:
     """The lock of OUT, as a file's number; waits for the commands of a demo that was killed."""
     import fcntl
 
@@ -161,35 +246,24 @@ def _working(out: Path, say: Any) -> Iterator[int]:
         except BlockingIOError:
             say(f"another demo, or a command of one that was stopped, is at work in {out}: waiting for it")
             fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: two demos in one folder are then not told apart
         yield number
     finally:
         os.close(number)
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM leaves by the same door as Ctrl-C, with status 143."""
+def in_use(out: Path) -> bool:
+    """Whether a demo, or a command of one, is at work in OUT."""
+    import fcntl
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _bar(total: int, done: int) -> Any:
-    """A bar over the steps on a terminal; elsewhere the lines of `_write` are all."""
-    style = "{bar:20} {n_fmt}/{total_fmt} [{elapsed}] {desc}"
-    return tqdm(
-        total=total, initial=done, bar_format=style, dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()
-    )
-
-
-def _write(bar: Any, say: Any, text: str) -> None:
-    if bar.disable:
-        say(text)
-    else:
-        bar.write(text)
+    if not (out / LOCK).is_file():
+        return False
+    with (out / LOCK).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
