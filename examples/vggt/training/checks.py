@@ -116,12 +116,11 @@ def posed_depth(sample: Sample, view: int, moving: Sequence[int] = ()) -> PosedD
 
     Samples count pixels from the center of the first one, PosedDepth from its corner: cx, cy + 1/2.
     """
-    intrinsic = sample.intrinsics[view].numpy().copy()
+    intrinsic = to_image_corner(sample.intrinsics[view]).numpy()
     if sample.extrinsics is None or not bool(sample.extrinsics[view].isfinite().all()):
         return None
     if not np.isfinite(intrinsic).all() or min(intrinsic[0, 0], intrinsic[1, 1]) <= 0:
         return None
-    intrinsic[:2, 2] += 0.5
     mask = sample.point_masks[view].numpy()
     if moving and sample.labels is not None:
         mask = mask & ~np.isin(sample.labels[view].numpy(), moving)
