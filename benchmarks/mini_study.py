@@ -61,12 +61,15 @@ def study_of(args: argparse.Namespace) -> Study:
 
 
 def run(args: argparse.Namespace) -> int:
-    from study import collect, pool, rates
+    from study import collect, pool, precision, rates
 
     out = args.out or Path("runs/mini-study-quick" if args.quick else "runs/mini-study")
-    study = study_of(args)
+    study, chosen, told = precision.settle(study_of(args), out)
+    if told:
+        print(told, flush=True)
     if not args.plan:
         keep_study(out, study.record())
+        precision.keep(out, chosen)
     measured = rates.rates(study, out, keep=not args.plan)
     print(rates.told(study, pool.found_on_disk(study, out), measured, args.workers), flush=True)
     if args.plan:
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     result["command"] = command(args)
     result["minutes"] = minutes(done)
     result["model"] = described(study)
+    result["precision"] = chosen.record()
     result |= collect.collect(study, done)
     # A quick study writes beside its own jobs: it must not replace a published result.
     output = args.output or (str(out / "result.json") if args.quick else None)

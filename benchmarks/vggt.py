@@ -4,9 +4,9 @@
     python benchmarks/vggt.py --device cuda --lora 16 64 256 --dims 64 256 --frames 1 4 8 16
 
 On a CPU a smaller model at 224 px (the preset "small": 384 wide, 12 + 12 blocks) in float32; on a GPU vggt-1b at
-518 px under bf16 autocast, LoRA 16/64/256 and D = 64/256 with and without checkpointing: written for a GPU, run so
-far on CPUs only. Weights are random; time and memory do not depend on them. Every case is a process of its own, but
-for --quick.
+518 px under bf16 autocast (fp16 on an older GPU), LoRA 16/64/256 and D = 64/256 with and without checkpointing:
+written for a GPU, run so far on CPUs only. Weights are random; time and memory do not depend on them. Every case is a
+process of its own, but for --quick.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from _common import PeakMemory, Timer, header, load, print_anything, summary, table, write_result
 
 from peft_attrsub import AttrSubspaceConfig
-from peft_attrsub.vggt import VggtConfig, VggtModel
+from peft_attrsub.vggt import Precision, VggtConfig, VggtModel, choose_precision
 
 SMALL: dict[str, Any] = {
     "image_size": 224,
@@ -48,8 +48,8 @@ RULES = {
     "all layers kept": "the same model holding every aggregator output until the heads have run, as the public code "
     "did",
     "training step": "forward, mean of the outputs, backward; adapters on all aggregator linears; no optimiser",
-    "precision": "float32; autocast: float32 weights under bf16 autocast; bfloat16: weights and pictures in bf16, "
-    "adapters as PEFT keeps them (float32)",
+    "precision": "float32; autocast: float32 weights under autocast to the dtype `autocast`; bfloat16: weights and "
+    "pictures in bf16, adapters as PEFT keeps them (float32)",
 }
 
 
@@ -99,9 +99,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     size = config.image_size
     images = torch.rand(1, job["frames"], 3, size, size, device=device, dtype=weights)
 
+    amp = Precision(job["autocast"] if job["precision"] == "autocast" else "fp32", "")
+
     def step() -> None:
-        amp = torch.autocast(device.type, torch.bfloat16, enabled=job["precision"] == "autocast")
-        with amp, torch.set_grad_enabled(training):
+        with amp.autocast(device), torch.set_grad_enabled(training):
             output = run(images)
         if training:
             (output.pose_enc.mean() + output.depth.mean() + output.depth_conf.mean()).backward()
@@ -152,7 +153,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 2 on a CPU, 5 on a GPU")
     parser.add_argument("--lora", type=int, nargs="*", help="ranks; default: 16 on a CPU, 16 64 256 on a GPU")
     parser.add_argument("--dims", type=int, nargs="*", help="of the cores; default: 64 on a CPU, 64 256 on a GPU")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: autocast (bf16) on a GPU, else float32")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default: autocast on a GPU that has bf16 or fp16, else float32"
+    )
     parser.add_argument("--full", action="store_true", help="1 2 4 8 frames, three rounds, a frozen encoder too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     parser.add_argument("--output", help="where to write the JSON; default benchmarks/results/vggt[-cuda].json")
@@ -164,7 +167,11 @@ def arguments() -> argparse.Namespace:
         args.preset, frames, args.rounds = "tiny", [1, 2], 1
     args.preset = args.preset or ("vggt-1b" if gpu else "small")
     args.frames, args.rounds = args.frames or frames, args.rounds or rounds
-    args.precision = args.precision or ("autocast" if gpu else "float32")
+    chosen = choose_precision(args.device) if gpu else Precision("fp32", "the default on a CPU")
+    args.precision = args.precision or ("float32" if chosen.name == "fp32" else "autocast")
+    if args.precision != "float32" and chosen.name == "fp32":
+        chosen = choose_precision(args.device, "bf16")  # warns where it is emulated
+    args.chosen = chosen
     # An empty list is a choice: none of them.
     args.lora = ([16, 64, 256] if gpu else [16]) if args.lora is None else args.lora
     args.dims = ([64, 256] if gpu else [64]) if args.dims is None else args.dims
@@ -177,7 +184,9 @@ def main() -> None:
     args = arguments()
     gpu = args.device.startswith("cuda")
     shared = {"device": args.device, "preset": args.preset, "precision": args.precision, "rounds": args.rounds}
+    shared["autocast"] = args.chosen.name
     result = header("vggt", 0, args.quick, **shared, frames=args.frames, lora=args.lora, dims=args.dims)
+    result["precision"] = args.chosen.record()
     result["rules"], result["model"] = RULES, json.loads(VggtConfig(**SIZES[args.preset]).to_json_string())
     if gpu:
         result["machine"]["gpu"] = torch.cuda.get_device_name()

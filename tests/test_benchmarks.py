@@ -180,7 +180,12 @@ def test_vggt_on_a_gpu_measures_every_size_with_and_without_checkpointing(
 ) -> None:
     vggt = module("vggt")
     monkeypatch.setattr(sys, "argv", ["vggt.py", "--device", "cuda"])
-    args = vggt.arguments()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    for capability, name in (((6, 1), "fp32"), ((7, 5), "fp16"), ((8, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        args = vggt.arguments()
+        assert (args.precision, args.chosen.name) == ("float32" if name == "fp32" else "autocast", name)
     assert (args.preset, args.precision, args.frames) == ("vggt-1b", "autocast", [1, 4, 8, 16])
     plain = ["LoRA r=16", "LoRA r=64", "LoRA r=256", "cores D=64", "cores D=256"]
     assert vggt.training_kinds(args, gpu=True) == [*plain, *(f"{name}, checkpointed" for name in plain)]

@@ -155,6 +155,36 @@ def test_two_processes_find_what_one_finds(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "one" / "bases").exists()
 
 
+def test_a_study_keeps_the_precision_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from study.files import keep_study
+    from study.precision import keep, settle
+
+    from peft_attrsub.vggt import precision
+
+    monkeypatch.setattr(precision, "slowdown", lambda device, name: 0.5)
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+    for flags, name, other in (({}, "fp32", "bf16"), ({"avx512_bf16": True}, "bf16", "fp32")):
+        out = tmp_path / name
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        study, chosen, told = settle(toy(), out)
+        assert (study.precision, chosen.requested) == (name, "auto") and told.startswith(f"precision {name}: ")
+        keep_study(out, study.record())
+        keep(out, chosen)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: {"avx512_bf16": not flags})
+        for asked in ("auto", name):
+            again, kept, told = settle(toy(precision=asked), out)
+            assert again == study and kept == chosen and f"auto would choose {other}" in told
+            keep_study(out, again.record())
+        with pytest.raises(ValueError, match=f"precision = '{name}', and this one has '{other}'"):
+            keep_study(out, settle(toy(precision=other), out)[0].record())
+        # A folder of an older version has the settings alone.
+        (out / "precision.json").unlink()
+        assert settle(toy(), out)[0] == study
+        with pytest.raises(ValueError, match="precision is 'int8'"):
+            settle(toy(precision="int8"), out)
+
+
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,11 @@ def markdown(result: dict[str, Any]) -> str:
     frames = settings["frames"]
     precision = settings.get("precision", "float32")
     where = "on a CPU" if settings["device"] == "cpu" else f"on one {result['machine'].get('gpu', settings['device'])}"
-    words = {"float32": "float32", "autocast": "float32 weights under bf16 autocast", "bfloat16": "bf16 weights"}
+    words = {
+        "float32": "float32",
+        "autocast": f"float32 weights under {settings.get('autocast', 'bf16')} autocast",
+        "bfloat16": "bf16 weights",
+    }
     opening = prose(
         f"`VggtModel` {where}, {words[precision]}: the preset `{settings['preset']}` ({model['embed_dim']} wide,",
         f"{model['encoder_depth']} encoder and {model['depth']} + {model['depth']} aggregator blocks) at",

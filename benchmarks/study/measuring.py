@@ -88,7 +88,7 @@ def measure(model: Any, sample: Any, study: Study) -> dict[str, float]:
         max_queries=study.queries,
         exact=False,
         image_size=max(1, round(size / patch)) * patch,
-        dtype="bfloat16" if study.precision == "bf16" else "float32",
+        dtype=study.precision,
         seed=0,
         workers=1,
     )

@@ -29,7 +29,8 @@ class Study:
     """What decides the numbers of a study; a folder of results belongs to one of these.
 
     model: folder or Hub id of the base. base: digest of its weights. size: longer side of pictures in pixels, None:
-    that of the model's config. precision: of training and evaluation.
+    that of the model's config. precision: of training and evaluation, bf16,
+    fp16 or fp32; auto becomes what the CPU computes natively when the study begins.
 
     Data. attributes, datasets: source datasets are `datasets` for each attribute, of `scenes` x `views` pictures,
     of about `triangles` triangles and textures of `texture` pixels a scene, as many as such small pictures show.
@@ -50,7 +51,7 @@ class Study:
     model: str = "vggt-mini"
     base: str = ""
     size: int | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
     attributes: tuple[str, ...] = ATTRIBUTES
     datasets: int = 10
     scenes: int = 36

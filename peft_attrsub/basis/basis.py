@@ -36,8 +36,8 @@ from .storage import (
     RECORDS,
     FileStore,
     MemoryStore,
-    check_dtype,
     chunk_hashes,
+    stored_dtype,
     tensor_hash,
 )
 from .views import Dim, base_of_all, check_dims, check_same_model, of_view
@@ -212,7 +212,7 @@ class Basis:
         layouts: Mapping[str, ModuleLayout] | None = None,
         records: Sequence[AttributeRecord] | None = None,
         extras: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> Basis:
         """A basis in memory from {attribute: {module: (U n x d, S d, V m x d)}} with orthonormal U and V.
 
@@ -220,7 +220,7 @@ class Basis:
         """
         if not factors or not any(factors.values()):
             raise BasisError("from_factors got no subspace: give {attribute: {module: (U, S, V)}}.")
-        check_dtype(dtype)
+        kind = stored_dtype(dtype)
         names = sorted(next(iter(factors.values())), key=natural_key)
         tensors: dict[str, Tensor] = dict(extras or {})
         shapes: dict[str, ModuleLayout] = {}
@@ -239,12 +239,12 @@ class Basis:
                         f"another one {shapes[module].shape}."
                     )
                 for part, value in zip(FACTORS, (u.T, s, v.T), strict=True):
-                    tensors[f"{attribute}.{module}.{part}"] = value.detach().to("cpu", dtype).contiguous()
+                    tensors[f"{attribute}.{module}.{part}"] = value.detach().to("cpu", kind).contiguous()
         config = BasisConfig(
             attributes=list(records) if records else [AttributeRecord(name) for name in factors],
             modules={m: shapes[m] for m in names},
             base_model=base_model,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(kind).removeprefix("torch."),
         )
         return cls(config, index_blocks(config, MemoryStore(tensors)))
 
@@ -294,7 +294,7 @@ class Basis:
         self,
         folder: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
     ) -> None:

@@ -24,7 +24,7 @@ from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
 from .sources import common_base, common_base_model, common_modules
-from .storage import check_dtype
+from .storage import stored_dtype
 from .weights import weight_spectrum
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def build_basis(
     allocation: str = "uniform",
     base_model: str | nn.Module | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     modules: Sequence[str] | None = None,
     on_missing: str = "error",
     progress: bool = True,
@@ -69,7 +69,7 @@ def build_basis(
         base_model: name to record and to hold the adapters against; or the model itself, whose weights
             then give the effective ranks of the importance rules.
         device: where to compute; default the CPU.
-        dtype: of the stored factors, float32 or bfloat16; inside it is float64.
+        dtype: of the stored factors, float32 or bfloat16, as a torch dtype or its name; inside it is float64.
         modules: restrict to these names. on_missing: "error", or "intersect" to keep the modules that all
             adapters share.
         progress: show a bar, where standard error is a terminal.
@@ -261,7 +261,7 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtype: torch.dtype) -> IrlsSettings:
+def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtype: torch.dtype | str) -> IrlsSettings:
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise BasisError(f"dim={dim!r} is no positive whole number.")
     if not 0 < alpha <= 2:
@@ -272,5 +272,5 @@ def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtyp
         raise BasisError(f"max_iter={max_iter!r} is no positive whole number.")
     if not tol >= 0:
         raise BasisError(f"tol={tol!r} is negative: give the relative change of the objective to stop at.")
-    check_dtype(dtype)
+    stored_dtype(dtype)
     return IrlsSettings(alpha, eps, max_iter, tol)

@@ -22,8 +22,8 @@ from .storage import (
     INDEX_NAME,
     RECORDS_NAME,
     TENSORS_NAME,
-    check_dtype,
     chunk_hashes,
+    stored_dtype,
     tensor_hash,
 )
 
@@ -37,10 +37,9 @@ PATTERNS = ["basis*.safetensors", "basis*.json", "README.md"]
 FIGURES = "figures/*.png"
 
 
-def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> BasisConfig:
+def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | str | None, max_shard_size: int | str) -> BasisConfig:
     """Write tensors and config of `basis` into `folder`; return the config with hashes and digest."""
-    if dtype is not None:
-        check_dtype(dtype)
+    kind = None if dtype is None else stored_dtype(dtype)
     tensors: dict[str, Tensor] = {}
     small: dict[str, Tensor] = {}
     records = []
@@ -48,7 +47,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
         hashes, record_hashes = {}, {}
         for module in basis.modules:
             factors = dict(zip(FACTORS, basis._stored(module, attribute.name), strict=True))
-            factors = {k: v.to(dtype or v.dtype).contiguous() for k, v in factors.items()}
+            factors = {k: v.to(kind or v.dtype).contiguous() for k, v in factors.items()}
             hashes[module] = chunk_hashes(*factors.values())
             block = basis._block(module, attribute.name)
             kept = valid_records(block)
@@ -58,7 +57,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | None, max_shard
             tensors.update({f"{name}.{part}": value for part, value in factors.items()})
             small.update({f"{name}.{part}": value for part, value in kept.items()})
         records.append(replace(attribute, hashes=hashes, record_hashes=record_hashes))
-    name = str(dtype).removeprefix("torch.") if dtype else basis.config.dtype
+    name = str(kind).removeprefix("torch.") if kind else basis.config.dtype
     config = replace(basis.config, attributes=records, dtype=name, digest=None, library_version=_version())
     config.digest = type(basis)(config, basis._blocks).digest
     _write_tensors(tensors, folder, max_shard_size)

@@ -140,10 +140,16 @@ def _all_files(folder: Path) -> list[str]:
     return [*names, RECORDS_NAME] if (folder / RECORDS_NAME).is_file() else names
 
 
-def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse a dtype that a basis is not stored in."""
-    if dtype not in DTYPES.values():
-        raise BasisError(f"dtype={dtype} cannot hold a basis: use torch.float32 or torch.bfloat16.")
+def stored_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype in which a basis is stored, from a torch dtype or a name of it: "float32", "fp32", "bfloat16", "bf16".
+
+    Raises: BasisError for every other one.
+    """
+    word = str(dtype).removeprefix("torch.")
+    name = {"fp32": "float32", "bf16": "bfloat16"}.get(word, word)
+    if name not in DTYPES:
+        raise BasisError(f"dtype={dtype} cannot hold a basis: use float32 or bfloat16.")
+    return DTYPES[name]
 
 
 def chunk_hashes(ut: Tensor, s: Tensor, vt: Tensor) -> list[str]:

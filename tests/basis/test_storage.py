@@ -154,6 +154,25 @@ def test_bfloat16(tmp_path):
     assert stored["texture.block.0.fc.Ut"].dtype == torch.bfloat16, "half the size on disk is the point"
 
 
+def test_names_of_dtypes(tmp_path):
+    spellings = {torch.bfloat16: ("bfloat16", "bf16", "torch.bfloat16"), torch.float32: ("float32", "fp32")}
+    full = make_basis(tmp_path / "adapters")
+    for kind, names in spellings.items():
+        expected = make_basis(tmp_path / str(kind), dtype=kind)
+        for name in names:
+            assert make_basis(tmp_path / name, dtype=name).digest == expected.digest
+            full.save_pretrained(tmp_path / f"basis-{name}", dtype=name)
+            saved = Basis.from_pretrained(tmp_path / f"basis-{name}")
+            assert saved.config.dtype == str(kind).removeprefix("torch.") and saved.digest == expected.digest
+            saved.verify()
+    for bad in ("float16", "int8", torch.float64):
+        with pytest.raises(BasisError, match=f"dtype={bad} cannot hold a basis: use float32 or bfloat16"):
+            make_basis(tmp_path / "bad", dtype=bad)
+        with pytest.raises(BasisError, match=f"dtype={bad} cannot hold a basis: use float32 or bfloat16"):
+            full.save_pretrained(tmp_path / "b", dtype=bad)
+    assert not (tmp_path / "b").exists()
+
+
 def test_saving_in_another_dtype_leaves_the_basis_in_memory_alone(tmp_path):
     basis = make_basis(tmp_path / "adapters")
     before, digest = basis.factors("block.0.fc", "texture"), basis.digest
