@@ -45,8 +45,8 @@ def check_name(name: str, random_weights: int | None) -> None:
     elif name not in SHIPPED and "/" not in name and not Path(name).is_dir():
         # The Hub would be asked for half a minute where it cannot be reached.
         raise ValueError(
-            f"--model {name} is no folder, no Hub id (user/name) and not {', '.join(SHIPPED)}, which comes with this "
-            f"repository: give one of these, or one of the presets {presets} with --random-weights SEED."
+            f"--model {name} is neither a folder nor a Hub id (user/name) nor {', '.join(SHIPPED)}, which comes with "
+            f"this repository: give one of these, or one of the presets {presets} with --random-weights SEED."
         )
 
 
@@ -72,8 +72,8 @@ def identify(model: VggtModel, name: str, random_weights: int | None = None) -> 
     """What `load_base` gave for this name and seed, before anything is changed in it.
 
     The digest is `state_digest` of the tensors, not of the files they came from: a copy under another name, in other
-    shards or of another type that holds the same numbers is the same base. About 1 GB/s on one core with SHA
-    instructions: 5 s for the 4.6 GB of VGGT-1B in float32.
+    shards or of another dtype that holds the same numbers is the same base. About 2 GB/s on one core with SHA
+    instructions (11 ms for vggt-mini), so 3 s for the 4.6 GB of VGGT-1B in float32.
     """
     shown = Path(name).name if Path(name).is_absolute() else name  # an absolute path is of this machine only
     revision = None if random_weights is not None else getattr(model.config, "_commit_hash", None)

@@ -102,7 +102,9 @@ class BasisConfig:
             config = cls(attributes, modules, **{k: record[k] for k in plain if k in record}, format=version)
             config.base = BaseIdentity.of(record.get("base"))
             if config.base is None and record.get("base") is not None:
-                raise ValueError(f"base = {record['base']!r} is no record of base weights")
+                raise ValueError(
+                    f"base = {record['base']!r} does not describe base weights: expected a name and a digest"
+                )
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if isinstance(error, BasisError):
                 raise

@@ -11,7 +11,8 @@ from .errors import BasisError
 _ATTRIBUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Under which PEFT saves the modules of a model.
 PEFT_PREFIX = "base_model.model."
-#: Folders that examples/vggt/finetune.py makes in every run (`evaluation.labels.OUTPUTS`, which no room may import).
+#: Folders that examples/vggt/finetune.py makes in every run. The same as `evaluation.labels.OUTPUTS`: rooms do not
+#: import each other, and a test compares the two.
 OUTPUTS = ("adapter", "best", "model")
 
 

@@ -144,7 +144,10 @@ def test_an_adapter_is_measured_on_its_own_base(
         ),
         (["--model", "me/vggt", "--random-weights", "0"], "none of the presets vggt-1b, vggt-mini: give one of them"),
         (["--model", "vggt-1b"], "one of the presets vggt-1b, vggt-mini with --random-weights SEED"),
-        (["--model", "vggt-huge", "--random-weights", "none"], "is no folder, no Hub id (user/name)"),
+        (
+            ["--model", "vggt-huge", "--random-weights", "none"],
+            "is neither a folder nor a Hub id (user/name) nor vggt-mini",
+        ),
     ],
 )
 def test_a_model_that_is_none_is_a_sentence(

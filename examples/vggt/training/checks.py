@@ -218,7 +218,12 @@ def check_adapter_base(adapter: str | os.PathLike[str], model: nn.Module) -> Non
 def check_run_base(out: Path, base: BaseIdentity) -> None:
     """ValueError where the run in the folder was begun with other weights: they may have changed under their name."""
     path = out / BASE
-    before = BaseIdentity.of(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    try:
+        before = BaseIdentity.of(json.loads(path.read_bytes())) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read as JSON ({error}): give another folder, or remove this run."
+        ) from error
     shared_base(
         [(f"the run in {str(out)!r}", before), ("the model", base)],
         "give another folder, or the weights that it was begun with",
