@@ -60,14 +60,14 @@ def loaded(*command: object) -> tuple[int, set[str], str]:
 
 
 # Benchmarks of torch code, which import it at once.
-OF_TORCH = {f"{name}.py" for name in "build_basis checkpoint_size hotswap loading mixed report tuner vggt".split()}
+OF_TORCH = ("build_basis", "checkpoint_size", "hotswap", "loading", "mixed", "report", "tuner", "vggt")
 # Their options are dataclasses, which transformers parses.
 PARSED_BY_TRANSFORMERS = ("finetune.py", "train_lora_cluster.py")
 SCRIPTS = [
     path
     for folder in ("examples", "examples/vggt", "benchmarks")
     for path in sorted((ROOT / folder).glob("[!_]*.py"))
-    if "__main__" in path.read_text(encoding="utf-8") and (folder != "benchmarks" or path.name not in OF_TORCH)
+    if "__main__" in path.read_text(encoding="utf-8") and (folder != "benchmarks" or path.stem not in OF_TORCH)
 ]
 
 
