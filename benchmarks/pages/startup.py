@@ -21,8 +21,8 @@ def markdown(result: dict[str, Any]) -> str:
         "CPU seconds, user and system, of a process that does next to nothing, so that nearly all of it is Python and",
         f"its imports; {rounds(cases[0]['cpu_seconds']['rounds'])} (least and most), files in the page cache.",
         f"Programs competing for the cores when the run began and ended: {number(result['machine']['load_at_start'])}",
-        f"and {number(result['load_at_end'])}. `import peft_attrsub` registers the tuner with PEFT without loading PEFT:",
-        "the registration follows when PEFT is imported, which the last row of the first table includes.",
+        f"and {number(result['load_at_end'])}. `import peft_attrsub` does not load PEFT: the tuner is registered when",
+        "something else imports PEFT, which the last row of the first table includes.",
     )
     parts = [opening]
     for group, heading in GROUPS.items():
