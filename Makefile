@@ -66,6 +66,7 @@ bench: .venv/.stamp-dev  ## speed and memory of everything, in under 20 minutes;
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/render.py $(addprefix --cycles-python ,$(wildcard .venv-cycles/bin/python))
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/write_readme.py
 
 clean:  ## remove .venv, caches and build outputs

@@ -24,8 +24,7 @@ from typing import Any
 
 import _common
 from study.files import keep_study
-from study.plan import STAGES
-from study.settings import FULL, QUICK, Study
+from study.settings import FULL, QUICK, STAGES, Study
 
 
 def parser() -> argparse.ArgumentParser:

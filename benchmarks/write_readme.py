@@ -36,6 +36,7 @@ ORDER = (
     "report",
     "metrics",
     "render",
+    "startup",
     "mini_study",
     "digits",
 )

@@ -34,15 +34,14 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from digits_data import ATTRIBUTES, Digits, attribute_dataset, load_splits, mixture, plain
-from digits_model import TARGETS, Workers, accuracy, fit, load_vit, logits, new_vit, stream
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from digits_data import Digits
+    from torch import Tensor, nn
 
-# peft_attrsub is imported where it is used: the process that checks the export must do without it.
+# What learns is imported where it is used: --help does without it, and the process that checks the export must do
+# without peft_attrsub.
 
 MARKER = ".peft-attrsub-digits"  # in every folder made by this script: it may be written again
 WRITTEN = ("base", "adapters", "basis", "report.html", "core", "lora", "summary.json")
@@ -92,6 +91,8 @@ class Method:
 
 
 def list_methods(settings: Settings) -> list[Method]:
+    from digits_data import ATTRIBUTES
+
     methods = [Method("base model, untuned", "base"), Method("full fine-tuning", "full")]
     methods += [Method(f"LoRA, rank {rank}", "lora", rank) for rank in (1, 4, 16)]
     for dim in (settings.dim // 2, settings.dim):
@@ -147,6 +148,9 @@ def prepare_folder(out: Path, overwrite: bool) -> None:
 
 def run_demo(out: Path, settings: Settings, workers: int) -> Result:
     """All five parts; returns the summary."""
+    from digits_data import ATTRIBUTES
+    from digits_model import Workers
+
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -194,6 +198,10 @@ def run_demo(out: Path, settings: Settings, workers: int) -> Result:
 
 def pretrain(out: Path, settings: Settings) -> Result:
     """Train the ViT on plain digits and save it."""
+    import torch
+    from digits_data import plain
+    from digits_model import accuracy, fit, new_vit, stream
+
     model = new_vit(settings.seed)
     source, test = splits(settings.seed)["source"], splits(settings.seed)["test"]
     generator = stream(settings.seed, "base")
@@ -214,6 +222,11 @@ def pretrain(out: Path, settings: Settings) -> Result:
 
 def train_source_adapter(out: Path, settings: Settings, attribute: str, index: int) -> Result:
     """One LoRA by stock PEFT on digits in which only `attribute` varies; saved as adapters/<attribute>-<index>."""
+    import torch
+    from digits_data import Digits, attribute_dataset
+    from digits_model import TARGETS, accuracy, fit, load_vit, stream
+    from peft import LoraConfig, get_peft_model
+
     name, rank = f"{attribute}-{index}", settings.source_rank
     generator = stream(settings.seed, "source", name)
     source, test = splits(settings.seed)["source"].repeat(2), splits(settings.seed)["test"]
@@ -257,6 +270,10 @@ def fine_tune(out: Path, settings: Settings, method: Method, lr: float, run: int
     The training pictures and their order differ between runs and are the same for all methods. The classifier's head
     is frozen in all but full fine-tuning, as it was for the source adapters.
     """
+    import torch
+    from digits_data import mixture
+    from digits_model import accuracy, fit, load_vit, stream
+
     data, generator = splits(settings.seed), stream(settings.seed, "tune", run)
     few = data["tune"].take(settings.labels, generator)
     pictures = mixture(few, generator)
@@ -278,6 +295,10 @@ def fine_tune(out: Path, settings: Settings, method: Method, lr: float, run: int
 
 def adapt(model: nn.Module, out: Path, method: Method, seed: int) -> nn.Module:
     """The base model made ready for `method`."""
+    from digits_data import ATTRIBUTES
+    from digits_model import TARGETS
+    from peft import LoraConfig, get_peft_model
+
     from peft_attrsub import AttrSubspaceConfig
 
     if method.kind == "base":
@@ -295,6 +316,9 @@ def adapt(model: nn.Module, out: Path, method: Method, seed: int) -> nn.Module:
 
 def held_out(settings: Settings, split: str) -> tuple[Tensor, Tensor]:
     """Three drawings of every digit of the split, the same for all methods and runs."""
+    from digits_data import mixture
+    from digits_model import stream
+
     digits = splits(settings.seed)[split].repeat(3)
     return mixture(digits, stream(settings.seed, split)), digits.labels
 
@@ -326,6 +350,10 @@ def table_row(method: Method, lr: float, results: list[Result], sweep: list[Resu
 
 def reload_and_export(out: Path, settings: Settings) -> Result:
     """Load the saved cores, export them to LoRA, and compare the logits in a process that has stock PEFT only."""
+    import torch
+    from digits_model import accuracy, load_vit, logits
+    from peft import PeftModel
+
     from peft_attrsub import export_lora
 
     pictures, labels = held_out(settings, "test")
@@ -345,6 +373,10 @@ def reload_and_export(out: Path, settings: Settings) -> Result:
 
 def stock_peft_logits(out: Path, pictures: Any) -> tuple[Any, bool]:
     """Logits of the exported LoRA, and whether peft_attrsub stayed out of this process."""
+    import torch
+    from digits_model import load_vit, logits
+    from peft import PeftModel
+
     model = PeftModel.from_pretrained(load_vit(out / "base"), out / "lora")
     return logits(model, torch.from_numpy(pictures)).numpy(), "peft_attrsub" not in sys.modules
 
@@ -354,6 +386,8 @@ def stock_peft_logits(out: Path, pictures: Any) -> tuple[Any, bool]:
 
 @cache
 def splits(seed: int) -> dict[str, Digits]:
+    from digits_data import load_splits
+
     return load_splits(seed)
 
 
@@ -365,6 +399,8 @@ def versions() -> dict[str, str]:
 
 
 def print_summary(summary: Result) -> None:
+    from digits_data import ATTRIBUTES
+
     settings, base, export = summary["settings"], summary["base"], summary["export"]
     print(f"\nThe base model: {base['parameters']:,} parameters, {base['plain_accuracy']:.1f} % on plain digits.")
     print("\nSource adapters: % right on unseen digits of their own dataset, base model -> adapter")

@@ -13,7 +13,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
-OURS = ("vggt", "report", "metrics", "render", "digits")
+OURS = ("vggt", "report", "metrics", "render", "startup", "digits")
 DECIMAL = re.compile(r"\d+\.\d+")
 
 

@@ -33,6 +33,7 @@ FIELDS = {
     },
     "render": {"targets"},
     "report": {"cases", "targets"},
+    "startup": {"cases", "targets", "load_at_end"},
     "tuner": {"cases"},
     "vggt": {"cases", "model"},
 }
@@ -219,6 +220,24 @@ def test_report_runs(tmp_path: Path, figures: bool, module: Any) -> None:
     # The bases are kept for the next run, the adapters they were mined from are not.
     (kept,) = (tmp_path / "work").iterdir()
     assert {p.name for p in kept.iterdir()} == {"basis-2", "basis-4", "task"}
+
+
+@pytest.mark.slow
+def test_startup_runs(tmp_path: Path, module: Any) -> None:
+    output = tmp_path / "result.json"
+    printed = run("startup", "--output", str(output))
+    result = json.loads(output.read_text())
+    check_header(result, "startup")
+    for case in result["cases"]:
+        assert case["cpu_seconds"].keys() == case["seconds"].keys() == STATISTICS
+    names = [case["name"] for case in result["cases"]]
+    assert len(set(names)) == len(names) and {"import torch", "peft-attrsub --help", "evaluate.py --table"} <= set(
+        names
+    )
+    assert {case["group"] for case in result["cases"]} == {"import", "help", "job"}
+    assert all({"target", "measured", "reached"} == goal.keys() for goal in result["targets"])
+    assert "Targets" in printed
+    check_page(module, "startup", output, result)
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))

@@ -197,6 +197,7 @@ def test_lazy_names_are_those_that_a_type_checker_sees(path: Path) -> None:
         _ = package.no_such_name
 
 
+@pytest.mark.slow
 def test_mypy_knows_the_lazy_names_and_no_others(tmp_path: Path) -> None:
     lines = [
         "from peft_attrsub import AttrSubspaceConfig, Basis, build_basis, hotswap_adapter",

@@ -196,7 +196,8 @@ def toy(**changes: Any) -> Any:
 
 def play(study: Any, score: Any) -> tuple[dict[str, Any], list[str]]:
     """Do a plan with made-up results; score: of a rate."""
-    from study.plan import STAGES, jobs, startable
+    from study.plan import jobs, startable
+    from study.settings import STAGES
 
     done: dict[str, Any] = {}
     order: list[str] = []

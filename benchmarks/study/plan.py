@@ -13,7 +13,6 @@ from .mining import needed, variants
 from .settings import EXTENSIONS, STEP, Study
 from .statistics import choose_rate
 
-STAGES = ("data", "sources", "diagnosis", "mine", "tune")
 Done = Mapping[str, Mapping[str, Any]]
 
 

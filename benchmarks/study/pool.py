@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_summary
-from .plan import STAGES, Job, jobs, startable
-from .settings import Study
+from .plan import Job, jobs, startable
+from .settings import STAGES, Study
 
 
 class Failed(RuntimeError):

@@ -17,9 +17,9 @@ import torch
 
 from .data import draw
 from .files import write_json
-from .plan import STAGES, Done, Job, jobs
+from .plan import Done, Job, jobs
 from .pool import clock, seconds_of
-from .settings import Study
+from .settings import STAGES, Study
 from .training import Base, build_model, fit, make_batches, pixels
 
 RATES = "rates.json"

@@ -9,6 +9,7 @@ from typing import Any
 
 ATTRIBUTES = ("texture", "geometry", "camera", "lighting")
 BENCHMARKS = ("face", "human", "clearpose")
+STAGES = ("data", "sources", "diagnosis", "mine", "tune")
 #: Seeds of what is drawn for the study begin here, far from those that a base is trained with.
 FIRST_SEED = 900_000
 #: Learning rates that a sweep begins with, by family; factors of about 3.

@@ -9,10 +9,11 @@ W columns is cx = (W - 1) / 2), depth is planar z in the unit of t. A reader con
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: How far R R^T may be from I, and det R from 1.
 RIGID = 1e-4
@@ -41,6 +42,8 @@ class Sample:
     unit: str = "m"
 
     def __post_init__(self) -> None:
+        import torch  # not at the top: scripts that write datasets take constants from here
+
         views, maps = len(self.frames), tuple(self.depths.shape)
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "images": ((views, 3, *self.images.shape[-2:]), torch.float32),
@@ -60,6 +63,8 @@ class Sample:
         self._check_values()
 
     def _check_values(self) -> None:
+        import torch
+
         if not views_are_finite(self.depths) or bool((self.depths < 0).any()):
             raise ValueError(f"{self.name}: a depth is negative or not finite; readers put 0 where there is none.")
         if bool((self.point_masks & (self.depths <= 0)).any()):

@@ -1,8 +1,8 @@
 """A worker process: samples, renders and stores one scene after another, as `pool.Pool` tells it to.
 
-Run as a file, never imported by the parent's package: `python -P worker.py`. The package's own `__init__` brings
-torch and PEFT, which a renderer needs none of and which a worker would load once per 50 scenes; an empty package of
-the same name stands in for it here, so nothing but this room can be imported from it.
+Run as a file, never imported by the parent's package: `python -P worker.py`. A renderer needs neither the package's
+`__init__` nor the registration with PEFT that it prepares; an empty package of the same name stands in for it, so that
+a worker, which is started anew every 50 scenes, imports this room and nothing else.
 
 Standard input: one line of JSON with the setup, then one line per scene. Standard output: one line per scene, and
 nothing else; whatever libraries print, from C too, goes to standard error, which is the worker's log.

@@ -26,6 +26,7 @@ _OTHERS = [
 SERVER = r"""
 import importlib, json, os, sys, time, traceback, warnings
 import torch, peft, transformers, accelerate, huggingface_hub.constants, peft_attrsub.cli
+import peft_attrsub.analysis, peft_attrsub.tuner, peft_attrsub.basis.build, peft_attrsub.basis.remote
 import tests.hub.jobs as jobs
 
 for line in sys.stdin:

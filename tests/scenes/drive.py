@@ -1,6 +1,6 @@
 """A whole run in a process of its own, to be killed: `python drive.py OUT SCENES WORKERS [generate's arguments]`.
 
-The package's own __init__ takes seconds and is left out, as the workers do it. Prints the status at the end.
+The package's own __init__ is left out, as the workers do it. Exits with the status.
 """
 
 from __future__ import annotations
