@@ -16,6 +16,7 @@ import typer
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from . import __version__, cli_text
+from ._files import readable
 from .analysis import analyse, save_figures, write_report
 from .basis import Basis, BasisError, build_basis
 from .basis.adapters import CONFIG as ADAPTER_CONFIG
@@ -318,7 +319,7 @@ def _command() -> str:
         name, equals, path = word.partition("=")
         last = Path(path or word).name
         words.append(f"{name}={last}" if equals and os.path.isabs(path) else last if os.path.isabs(word) else word)
-    return shlex.join(["peft-attrsub", *words]) if words else ""
+    return shlex.join(["peft-attrsub", *map(readable, words)]) if words else ""
 
 
 def _tell(record: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:

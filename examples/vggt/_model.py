@@ -67,7 +67,7 @@ def load_model(
         check_adapter_base(adapter, model)
     tuned = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     trainable = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
-    digest = state_digest(get_peft_model_state_dict(tuned))
+    digest = state_digest(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     model = tuned.merge_and_unload() if merge else tuned.get_base_model()
     model.requires_grad_(False)
     return Loaded(model.to(device).eval(), trainable, digest)

@@ -19,6 +19,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from .._files import readable
 from .errors import BasisError
 from .files import file_sha256
 from .hub import fetch
@@ -101,7 +102,7 @@ class LoraAdapter:
     @property
     def public_name(self) -> str:
         """The source as it may be published: an absolute path tells only its last part."""
-        return Path(self.source).name if os.path.isabs(self.source) else self.source
+        return readable(Path(self.source).name if os.path.isabs(self.source) else self.source)
 
     @property
     def modules(self) -> list[str]:

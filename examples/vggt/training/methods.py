@@ -180,7 +180,9 @@ def save(built: Built, folder: str | os.PathLike[str], tags: Mapping[str, Any] |
             with warnings.catch_warnings():
                 # AdaLoRA may leave a matrix without any rank.
                 warnings.filterwarnings("ignore", ".*have invalid shape")
-                built.model.save_pretrained(str(beside))
+                # Else PEFT asks the Hub, network or not, whether the base has the same vocabulary: VGGT has none.
+                words = {} if full else {"save_embedding_layers": False}
+                built.model.save_pretrained(str(beside), **words)
         if tags:
             _tag(beside / ("config.json" if full else _CONFIG), tags)
     return Path(folder)

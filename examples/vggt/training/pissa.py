@@ -62,7 +62,7 @@ class Pissa:
 
     def save(self, folder: Path) -> None:
         """Write the plain LoRA of twice the rank that stands on the untouched W."""
-        tensors = get_peft_model_state_dict(self._model)
+        tensors = get_peft_model_state_dict(self._model, save_embedding_layers=False)
         config: LoraConfig = copy.deepcopy(self._model.peft_config[_ADAPTER])
         for name, (b0, a0) in self._start.items():
             b, a = (factor.detach() for factor in _factors(self._layers[name]))
