@@ -14,6 +14,15 @@ _UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EP
 _NO_LOCKS = _UNABLE | {errno.ENOLCK, errno.ENOTTY}
 
 
+def readable(name: str | os.PathLike[str]) -> str:
+    """A path as text that can be written as UTF-8.
+
+    Python has the bytes of a name that its locale cannot decode as lone surrogates: all beyond ASCII where LANG is
+    unset, and names in another encoding anywhere. What is UTF-8 becomes itself again, the rest U+FFFD.
+    """
+    return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file next to `path`, then rename it: a reader sees the old file or the whole new one, never a part.
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, cli_text
+from ._files import readable
 from .basis.config import CONFIG_NAME, DTYPE_NAMES
 from .basis.errors import BasisError
 from .basis.files import ADAPTER_CONFIG, check_file, check_writable
@@ -338,7 +339,7 @@ def _command() -> str:
         name, equals, path = word.partition("=")
         last = Path(path or word).name
         words.append(f"{name}={last}" if equals and os.path.isabs(path) else last if os.path.isabs(word) else word)
-    return shlex.join(["peft-attrsub", *words]) if words else ""
+    return shlex.join(["peft-attrsub", *map(readable, words)]) if words else ""
 
 
 def _tell(record: dict[str, Any], as_json: bool, text: Callable[[dict[str, Any]], str]) -> None:

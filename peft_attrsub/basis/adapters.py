@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import readable
 from .errors import BasisError
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_sha256
 from .hub import fetch
@@ -108,9 +109,10 @@ class LoraAdapter:
         """The source as it may be published: an absolute path tells only its last part, and that of the run's folder
         where the last part is one that every run has."""
         if not os.path.isabs(self.source):
-            return self.source
+            return readable(self.source)
         path = Path(self.source)
-        return f"{path.parent.name}/{path.name}" if path.name in OUTPUTS and path.parent.name else path.name
+        named = path.name in OUTPUTS and path.parent.name
+        return readable(f"{path.parent.name}/{path.name}" if named else path.name)
 
     @property
     def modules(self) -> list[str]:

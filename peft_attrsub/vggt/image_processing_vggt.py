@@ -95,6 +95,15 @@ class VggtImageProcessor(BaseImageProcessor):
         self.bit_depth = bit_depth
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> VggtImageProcessor:
+        """As transformers does it, from a folder or the Hub; "vggt-mini" is the one of this repository."""
+        # Here and not below alone: newer versions of transformers ask the Hub for the revision of a name first.
+        found: VggtImageProcessor = super().from_pretrained(
+            find_shipped(pretrained_model_name_or_path), *args, **kwargs
+        )
+        return found
+
+    @classmethod
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -144,7 +144,8 @@ class Attempt:
         keep = () if held is None else (held,)
         self.process: subprocess.Popen[bytes] | None = None
         with job.log.open("ab") as log:
-            log.write(f"# attempt {before + 1}, {when}, {self.state.host}: {shlex.join(job.command)}\n".encode())
+            line = f"# attempt {before + 1}, {when}, {self.state.host}: {shlex.join(job.command)}\n"
+            log.write(line.encode("utf-8", "surrogateescape"))  # as Python has names beyond its locale
             log.flush()
             try:
                 self.process = subprocess.Popen(
