@@ -26,6 +26,7 @@ from .basis.hub import is_local
 from .basis.remote import open_header, pull_basis
 from .basis.storage import DTYPES
 from .cli_words import group_adapters, split_attributes
+from .interrupts import until_stopped
 from .tuner import export_lora, project_lora
 
 app = typer.Typer(
@@ -361,7 +362,12 @@ def _options(
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    raise SystemExit(until_stopped("peft-attrsub", _whole, "stopped; nothing half-written is left"))
+
+
+def _whole() -> int:
+    app()  # ends by SystemExit
+    return 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from peft_attrsub.scenes.agreement import PosedDepth, pairs_to_compare, pose_pro
 from peft_attrsub.vggt.losses import MIN_PIXELS
 
 from .batches import training_frames
+from .options import DataSettings
 
 #: Frames that are read at a time.
 CHUNK = 16
@@ -59,6 +60,24 @@ def check_data(
     )
     # Parts of a sequence, and sequences that share a file, say the same.
     return list(dict.fromkeys(problem for found in progress(loader) for problem in found))
+
+
+def report_data(settings: DataSettings) -> int:
+    """--check: print one line per problem of the data that the settings name, and return the exit status: 0 or 1."""
+    from tqdm import tqdm
+
+    from .sources import open_learnt
+
+    problems = check_data(
+        lambda: open_learnt(settings),
+        settings.views_min,
+        workers=settings.workers,
+        progress=lambda items: tqdm(items, desc="check", unit="sequence"),
+    )
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", flush=True)
+    return 1 if problems else 0
 
 
 class _Checker(torch.utils.data.Dataset[list[str]]):
@@ -260,4 +279,4 @@ def _sentence(error: Exception, name: str | None = None) -> str:
     return text if name is None or name in text else f"{name}: {text}"
 
 
-__all__ = ["check_adapter_base", "check_data", "check_sample", "check_sequence", "posed_depth"]
+__all__ = ["check_adapter_base", "check_data", "check_sample", "check_sequence", "posed_depth", "report_data"]
