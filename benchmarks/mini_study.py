@@ -159,13 +159,12 @@ def show(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    from peft_attrsub.interrupts import until_stopped
+
     try:
         if args.workers < 0:
             raise ValueError(f"--workers is {args.workers}: give 0 or more.")
-        return show(args) if args.page else run(args)
-    except KeyboardInterrupt:
-        print("mini_study: stopped; the same command continues", file=sys.stderr)
-        return 130
+        return until_stopped("mini_study", lambda: show(args) if args.page else run(args))
     except (ImportError, OSError, ValueError) as error:
         print(f"mini_study: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ from .basis.errors import BasisError
 from .basis.files import ADAPTER_CONFIG, check_file, check_writable
 from .basis.hub import is_local
 from .cli_words import group_adapters, split_attributes
+from .interrupts import until_stopped
 
 app = typer.Typer(
     help="Attribute subspaces for PEFT: mine a basis from LoRA adapters, then train only small cores in it.",
@@ -385,7 +386,12 @@ def main() -> None:
     from ._machine import print_anything
 
     print_anything()
-    app()
+    raise SystemExit(until_stopped("peft-attrsub", _whole, "stopped; nothing half-written is left"))
+
+
+def _whole() -> int:
+    app()  # ends by SystemExit
+    return 0
 
 
 if __name__ == "__main__":

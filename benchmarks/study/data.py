@@ -12,6 +12,7 @@ with taller glasses of another index, seen from lower down. All seeds begin at F
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _scenes(study: Study, place: Path, what: str, index: int, size: int) -> dict
     options = {"texture_size": study.texture, "threads": 1}
     report = generate(folder, recipe, count, options=options, depth="npy", workers=1)
     if report.signal is not None:
-        raise KeyboardInterrupt
+        signal.raise_signal(report.signal)
     if report.failed:
         raise ValueError(f"{len(report.failed)} scenes of {folder} failed: see its failures.json.")
     return {"sequences": count, "frames": recipe.views}

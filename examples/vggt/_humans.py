@@ -100,16 +100,18 @@ def parser(doc: str, dataset: Dataset) -> argparse.ArgumentParser:
 
 
 def main(doc: str, dataset: Dataset, arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 0 all is done, 1 some people failed, 2 wrong arguments, 130 stopped by Ctrl-C."""
+    """The command line; exit status 0 all is done, 1 some people failed, 2 wrong arguments, 130 or 143 stopped."""
     args = parser(doc, dataset).parse_args(arguments)
+    from peft_attrsub.interrupts import until_stopped
+
+    name = Path(sys.argv[0]).stem
     try:
-        return render(args, dataset) if args.command == "render" else standin(args, dataset)
+        return until_stopped(
+            name, lambda: render(args, dataset) if args.command == "render" else standin(args, dataset)
+        )
     except (ImportError, OSError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
 
 
 def standin(args: argparse.Namespace, dataset: Dataset) -> int:

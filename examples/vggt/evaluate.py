@@ -325,7 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.table:
             print(join(args.table), end="")
             return 0
-        return evaluate(args)
+        from peft_attrsub.interrupts import until_stopped
+
+        return until_stopped("evaluate", lambda: evaluate(args))
     except (ImportError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

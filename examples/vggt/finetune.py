@@ -18,7 +18,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -26,10 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 def main(arguments: Sequence[str] | None = None) -> int:
     from training.settings import parse
 
+    from peft_attrsub.interrupts import say_stopped, until_stopped
+
     try:
         model, data, train = parse(arguments, description=__doc__)
         if train.check:
-            return check(data)
+            from training.checks import report_data
+
+            return until_stopped("finetune", lambda: report_data(data), "stopped")
         from training.run import run
 
         done = run(model, data, train)
@@ -37,26 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
     if "stopped" in done:
+        say_stopped("finetune")
         return 128 + int(done["stopped"])
     return 0
-
-
-def check(data: Any) -> int:
-    """--check: one line per problem of the data."""
-    from tqdm import tqdm
-    from training.checks import check_data
-    from training.sources import open_learnt
-
-    problems = check_data(
-        lambda: open_learnt(data),
-        data.views_min,
-        workers=data.workers,
-        progress=lambda items: tqdm(items, desc="check", unit="sequence"),
-    )
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
-    return 1 if problems else 0
 
 
 if __name__ == "__main__":

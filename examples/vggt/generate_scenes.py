@@ -3,7 +3,8 @@
     python examples/vggt/generate_scenes.py --attribute texture --datasets 10 --scenes 200 --views 100 --out data/
     accelerate launch examples/vggt/generate_scenes.py --attribute all --out data/         # the paper's forty, shared
     python examples/vggt/generate_scenes.py --attribute texture --out data/ --check   # what is broken, if anything
-    python examples/vggt/generate_scenes.py --attribute texture --out data/ --repair  # render that again
+    python examples/vggt/generate_scenes.py --attribute texture --out data/ --repair  # render that again (a damaged
+                                        # dataset.json is made again if all arguments of the generation are given)
     python examples/vggt/generate_scenes.py --attribute all --out data/ --launcher slurm --partition cpu  # a job each
 
 Dataset k of an attribute is the folder OUT/<attribute>_<k>; every scene in it opens in nerfstudio, and its
@@ -16,6 +17,7 @@ or a full disk; 130, 143 stopped by Ctrl-C or SIGTERM. With --launcher: 1 jobs f
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -57,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
     add("--denoise", action=argparse.BooleanOptionalAction, default=True, help="cycles: denoise (default: yes)")
     add("--device", choices=("cpu", "optix", "cuda"), default="cpu", help="cycles: where it runs (default: cpu)")
     add("--supersample", type=int, default=1, help="raycast: rays per pixel and axis (default: 1)")
-    add("--depth", choices=("png", "npy", "exr"), default="png", help="16-bit millimetres, or float32 metres")
+    add(
+        "--depth",
+        choices=("png", "npy", "exr"),
+        default="png",
+        help="16-bit millimeters, or float32 meters, which nerfstudio then leaves out (default: png)",
+    )
     add("--jpeg", type=int, metavar="Q", help="store colour as JPEG of quality Q instead of PNG")
     add("--workers", type=int, help="processes (default: one per core; cycles: 1)")
     add("--check", action="store_true", help="only look for what is broken or missing")
@@ -79,15 +86,47 @@ def renderer_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"supersample": args.supersample} if args.renderer == "raycast" else {}
 
 
-def look_after(args: argparse.Namespace) -> int:
-    """--check and --repair: one line per problem."""
-    from peft_attrsub.scenes.check import check_dataset, repair_dataset
+def recipe_of(args: argparse.Namespace, attribute: str, seed: int) -> Any:
+    from peft_attrsub.scenes.recipes import AttributeRecipe
 
+    return AttributeRecipe(
+        attribute=attribute,
+        seed=seed,
+        layout=args.layout,
+        trajectory=args.trajectory,
+        size=args.size,
+        views=args.views,
+    )
+
+
+def textures_of(args: argparse.Namespace) -> list[str] | None:
+    """Names of the folders of PBR maps in --textures: a dataset is the same wherever that folder lies."""
+    if args.textures is None:
+        return None
+    from peft_attrsub.scenes.textures import find_maps
+
+    found, unreadable = find_maps(args.textures)
+    for name in unreadable:
+        print(f"{name} cannot be read: left out", file=sys.stderr)
+    return [os.path.relpath(folder, args.textures) for folder in found]
+
+
+def look_after(args: argparse.Namespace) -> int:
+    """--check and --repair: one line per problem; a dataset that cannot be read does not keep the others from it."""
+    from peft_attrsub.scenes.check import check_dataset
+
+    known = list(datasets(args))
+    if not any(folder.is_dir() for folder, _, _ in known):
+        check_dataset(known[0][0])  # says what is missing
     status = 0
-    for folder, _, _ in datasets(args):
-        problems = (
-            repair_dataset(folder, args.workers, texture_root=args.textures) if args.repair else check_dataset(folder)
-        )
+    for folder, attribute, seed in known:
+        problems: list[Any]
+        try:
+            problems = repair(args, folder, attribute, seed) if args.repair else check_dataset(folder)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # it is full for the others as well
+            problems = [error]
         for problem in problems:
             print(f"{folder.name}: {problem}")
         print(f"{folder.name}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", flush=True)
@@ -95,32 +134,35 @@ def look_after(args: argparse.Namespace) -> int:
     return status
 
 
+def repair(args: argparse.Namespace, folder: Path, attribute: str, seed: int) -> list[Any]:
+    """Repair one dataset; its dataset.json, if that cannot be read, is made again from the arguments."""
+    from peft_attrsub.scenes.check import repair_dataset
+    from peft_attrsub.scenes.dataset import Dataset, make_plan
+    from peft_attrsub.scenes.generate import RENDERERS, SAMPLER
+
+    try:
+        Dataset.open(folder)
+    except (OSError, ValueError) as error:
+        if not folder.is_dir():
+            raise
+        renderer = RENDERERS.get(args.renderer, args.renderer)
+        recipe, options, textures = recipe_of(args, attribute, seed), renderer_options(args), textures_of(args)
+        plan = make_plan(recipe, SAMPLER, renderer, options, textures, args.jpeg, args.depth)
+        print(f"{folder.name}: {error}")
+        Dataset.restore(folder, plan, args.scenes)
+    return repair_dataset(folder, args.workers, texture_root=args.textures)
+
+
 def make(args: argparse.Namespace) -> int:
+    from peft_attrsub.interrupts import say_stopped
     from peft_attrsub.scenes.generate import generate
-    from peft_attrsub.scenes.sampling import AttributeRecipe
 
-    textures = None
-    if args.textures is not None:
-        from peft_attrsub.scenes.textures import find_maps
-
-        found, unreadable = find_maps(args.textures)
-        # By their names in that folder: a dataset is the same wherever the textures lie.
-        textures = [os.path.relpath(folder, args.textures) for folder in found]
-        for name in unreadable:
-            print(f"{name} cannot be read: left out", file=sys.stderr)
+    textures = textures_of(args)
     status = 0
     for folder, attribute, seed in datasets(args):
-        recipe = AttributeRecipe(
-            attribute=attribute,
-            seed=seed,
-            layout=args.layout,
-            trajectory=args.trajectory,
-            size=args.size,
-            views=args.views,
-        )
         report = generate(
             folder,
-            recipe,
+            recipe_of(args, attribute, seed),
             args.scenes,
             renderer=args.renderer,
             options=renderer_options(args),
@@ -135,6 +177,7 @@ def make(args: argparse.Namespace) -> int:
                 f"{folder.name}: {len(report.failed)} scenes failed, see {folder / 'failures.json'}", file=sys.stderr
             )
         if report.signal is not None:
+            say_stopped("generate_scenes")
             return report.status
         status |= report.status
     return status
@@ -164,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--only is {args.only}: of {args.datasets} datasets, give 0 to {args.datasets - 1}.")
         if options.launcher is not None:
             return launch(args, options, arguments)
-        return look_after(args) if args.check or args.repair else make(args)
+        from peft_attrsub.interrupts import until_stopped
+
+        return until_stopped("generate_scenes", lambda: (look_after if args.check or args.repair else make)(args))
     except (ImportError, OSError, ValueError) as error:
         print(f"generate_scenes: {error}", file=sys.stderr)
         return 2

@@ -200,14 +200,15 @@ def standin(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    from peft_attrsub.interrupts import until_stopped
+
     try:
-        return standin(args) if args.command == "standin" else each_scene(args)
+        return until_stopped(
+            "prepare_clearpose", lambda: standin(args) if args.command == "standin" else each_scene(args)
+        )
     except (ImportError, OSError, ValueError) as error:
         print(f"prepare_clearpose: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("prepare_clearpose: stopped; the same command continues", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -337,12 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--size {args.size} --frames {args.frames} --texture-size {side} --seed {args.seed} were given: 2 or "
                 "more pixels and frames are needed, a power of two for the texture, and a seed of 0 or more."
             )
+        from peft_attrsub.interrupts import until_stopped
         from peft_attrsub.scenes.generate import visible_device
 
         with visible_device({"device": args.device}):
-            return render(args) if args.command == "render" else standin(args)
-    except KeyboardInterrupt:
-        return 130
+            return until_stopped("prepare_faces", lambda: render(args) if args.command == "render" else standin(args))
     except (ImportError, OSError, ValueError) as error:
         print(f"prepare_faces: {error}", file=sys.stderr)
         return 2

@@ -85,9 +85,7 @@ def draw_people(args: argparse.Namespace, done: Any = None) -> None:
         "--detail",
         str(args.detail),
     ]
-    if (status := script.run(["standin", *words])) != 0:
-        if status == 130:
-            raise KeyboardInterrupt
+    if script.run(["standin", *words]) != 0:
         raise ValueError(f"the people of {meshes} could not be drawn.")
     known, recipe = subjects.people(meshes, find), room(args)
     for scene in range(args.scenes):
@@ -144,15 +142,13 @@ def draw(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    from peft_attrsub.interrupts import until_stopped
+
     try:
-        draw(args)
-        return 0
+        return until_stopped("prepare_rooms", lambda: draw(args) or 0)
     except (ImportError, OSError, ValueError) as error:
         print(f"prepare_rooms: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

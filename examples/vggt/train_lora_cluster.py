@@ -10,10 +10,10 @@ adapters/texture_00. Its adapter_config.json says what it was trained on (auto_m
 seed of the dataset, seed and steps of the training, name and sha256 of the base). The frozen base is loaded once per
 process. All settings of finetune.py hold, but for --method, --data and --out of a single run. Runs with their
 checkpoints and logs are in OUT/.runs. Whatever stops a job, the same command continues it; what is done is not done
-again.
+again. --check reads all datasets and reports what is wrong with them, before any training.
 
-Exit status: 0 all adapters are there; 1 some are not (the table says why); 2 wrong arguments or data; 128 + n stopped
-by signal n.
+Exit status: 0 all adapters are there; 1 some are not (the table says why), or --check found problems; 2 wrong
+arguments or data; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ def train_all(chosen: dict[str, Path], out: Path, settings: tuple[Any, Any, Any]
     from _model import identify
     from training.run import load_vggt, run
 
+    from peft_attrsub.interrupts import say_stopped
+
     model, data, train = settings
     vggt = base = None
     for name, folder in chosen.items():
@@ -121,6 +123,7 @@ def train_all(chosen: dict[str, Path], out: Path, settings: tuple[Any, Any, Any]
             model, replace(data, data=str(folder)), replace(train, out=str(place)), vggt=vggt, base=base, tags=tags
         )
         if "stopped" in done:
+            say_stopped("train_lora_cluster")
             return 128 + int(done["stopped"])
         publish(place / "adapter", out / name)
         print(f"{name}: done", flush=True)
@@ -162,6 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := [name for name in cluster.only or () if name not in found]:
             raise ValueError(f"--only {unknown[0]}: there is no such dataset in {cluster.datasets}.")
         chosen = {name: path for name, path in found.items() if cluster.only is None or name in cluster.only}
+        if train.check:
+            from training.checks import report_data
+
+            status = 0
+            for name, path in chosen.items():
+                print(f"{name}:", flush=True)
+                status |= report_data(replace(data, data=str(path)))
+            return status
         for path in chosen.values():
             tags_of(path)  # refuses what is not finished before the first hour is spent
         check_done(out, list(chosen), model.random_weights)

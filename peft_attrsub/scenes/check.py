@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,12 +16,13 @@ import numpy as np
 
 from . import pixels
 from .agreement import PosedDepth, contradictions, pairs_to_compare, pose_problem
-from .dataset import DATASET, Dataset, scene_name
+from .dataset import DATASET, SHEET, Dataset, scene_name
 from .description import Scene
 from .generate import RESERVE, run
 from .posed import moving_ids
-from .storage import DESCRIPTION, MANIFEST, TRANSFORMS, SceneFormat, read_json, read_manifest, read_scene
+from .storage import DESCRIPTION, MANIFEST, TRANSFORMS, SceneFormat, json_bytes, read_json, read_manifest, read_scene
 
+FILES_PER_VIEW = 3  # color, depth, object ids
 CONTRADICTIONS = 0.02  # share of points; silhouettes and surfaces thinner than a pixel account for less
 
 
@@ -41,14 +44,19 @@ def check_scene(dataset: Dataset, index: int, pairs: int = 3) -> list[Problem]:
     folder = dataset.scene(index)
     try:
         manifest = read_manifest(folder)
+        plan = dataset.plan
+        if manifest["tag"] != dataset.tag or any(manifest[key] != plan[key] for key in ("jpeg", "depth")):
+            return [Problem(index, "it was made by another plan than the dataset's.")]
+        if manifest["index"] != index or (folder / MANIFEST).read_bytes() != json_bytes(manifest):
+            return [Problem(index, "its manifest is damaged, or another scene's.")]
         form = SceneFormat(manifest["jpeg"], manifest["depth"])
         size, views = (manifest["height"], manifest["width"]), manifest["views"]
-        if manifest["tag"] != dataset.tag:
-            return [Problem(index, "it was made by another plan than the dataset's.")]
     except FileNotFoundError:
         return [Problem(index, "it is not finished: it has no manifest.")]
-    except (KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         return [Problem(index, f"its manifest cannot be read ({error}).")]
+    if views != len(manifest["files"]) // FILES_PER_VIEW:
+        return [Problem(index, f"its manifest has {len(manifest['files'])} files for {views} views.")]
 
     owner = {name: view for view in range(views) for name in form.names(view).values()}
     wanted = {DESCRIPTION, TRANSFORMS, *owner}
@@ -71,7 +79,10 @@ def _check_file(
     path = folder / name
     if not path.exists():
         return "is missing."
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})."
     if len(data) != entry["bytes"]:
         return f"has {len(data)} bytes, its manifest says {entry['bytes']}."
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
@@ -152,10 +163,25 @@ def check_dataset(folder: str | Path, pairs: int = 3, workers: int | None = None
     for path in sorted(dataset.folder.glob("scene_*")):
         if path.name not in expected:
             found.append(Problem(None, f"{path.name} does not belong to the {dataset.scenes} scenes: move it away."))
-    digest = read_json(dataset.folder / DATASET).get("digest")
+    record = read_json(dataset.folder / DATASET)
+    digest = record.get("digest")
     if digest != dataset.digest() and (digest is not None or not found):
         found.append(Problem(None, f"{DATASET} does not fit the manifests: its digest is not theirs."))
+    elif (dataset.folder / DATASET).read_bytes() != json_bytes(record):
+        found.append(Problem(None, f"{DATASET} is damaged: it is not as it was written."))
+    if digest is not None and (fault := _sheet_fault(dataset.folder / SHEET)):
+        found.append(Problem(None, fault))
     return found
+
+
+def _sheet_fault(path: Path) -> str | None:
+    if not path.exists():
+        return f"{SHEET} is missing."
+    try:
+        pixels.decode(path.read_bytes(), path)
+    except (OSError, ValueError):
+        return f"{SHEET} is no readable picture."
+    return None
 
 
 def repair_dataset(
@@ -180,5 +206,9 @@ def repair_dataset(
             redo[problem.scene] = both
     if not problems:
         return []
-    run(Dataset.open(folder), redo, workers, reserve=reserve, texture_root=texture_root)
+    dataset = Dataset.open(folder)
+    if (sheet := dataset.folder / SHEET).exists() and _sheet_fault(sheet):
+        shutil.rmtree(sheet) if sheet.is_dir() else sheet.unlink()
+    if (number := run(dataset, redo, workers, reserve=reserve, texture_root=texture_root).signal) is not None:
+        signal.raise_signal(number)  # to whoever handles it, now that the workers have ended
     return check_dataset(folder, pairs)

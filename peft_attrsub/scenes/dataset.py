@@ -16,8 +16,9 @@ import json
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ DATASET = "dataset.json"
 FAILURES = "failures.json"
 SHEET = "contact_sheet.png"
 WORK = ".work"
+MEND = "Repair it with --repair and the arguments of the command that generated it."
 PACKAGES = ("peft-attrsub", "numpy", "pillow", "open3d", "bpy", "OpenEXR")
 
 
@@ -108,14 +110,40 @@ class Dataset:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: this is no dataset, or its generation never started.")
         record = read_json(path)
+        if "checksum" in record and record["checksum"] != _checksum(record):
+            raise ValueError(f"{path} is damaged: its checksum is not that of its content. {MEND}")
         if record.get("format") not in range(1, FORMAT + 1):
             raise ValueError(f"{path} has format {record.get('format')!r}, this version reads up to {FORMAT}.")
         try:
-            return cls(Path(folder), dict(record["plan"]), int(record["scenes"]))
+            dataset = cls(Path(folder), dict(record["plan"]), int(record["scenes"]))
+            if record["tag"] != dataset.tag:  # datasets of older versions have no checksum
+                raise ValueError("its tag is not that of its plan")
         except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}). {MEND}") from error
+        return dataset
+
+    @classmethod
+    def restore(cls, folder: str | Path, plan: dict[str, Any], scenes: int) -> Dataset:
+        """Write a damaged or lost dataset.json again. ValueError unless the scenes in the folder were made by `plan`.
+
+        One manifest may be damaged as well: the tag that most of them have decides.
+        """
+        folder, tags = Path(folder), Counter[str]()
+        for path in sorted(folder.glob(f"scene_*/{MANIFEST}")):
+            with suppress(OSError, ValueError):
+                tags[read_manifest(path.parent)["tag"]] += 1
+        dataset = cls(folder, plan, scenes)
+        if not tags or tags.most_common(1)[0][0] != dataset.tag:
+            found = "its scenes were made with other arguments" if tags else "no scene of it can be read"
             raise ValueError(
-                f"{path} is damaged ({error!r}): delete it and run the generating command again."
-            ) from error
+                f"{folder / DATASET} cannot be made again: {found}. Give the arguments of the command that generated "
+                "it, or delete the folder."
+            )
+        path = folder / DATASET
+        if path.is_dir():
+            shutil.rmtree(path)
+        write_atomically(path, json_bytes(dataset.record()))
+        return dataset
 
     @classmethod
     def start(cls, folder: str | Path, plan: dict[str, Any], scenes: int) -> Dataset:
@@ -125,6 +153,13 @@ class Dataset:
             old = cls.open(folder)
             if differing := sorted(key for key in plan if plan[key] != old.plan.get(key)):
                 was, now = old.plan.get(differing[0]), plan[differing[0]]
+                if differing[0] == "recipe" and isinstance(was, dict) and was.get("class") == now["class"]:
+                    # A field that the older dataset lacks came later, and with it another way to draw scenes.
+                    fields = [dict(recipe["fields"]) for recipe in (was, now)]
+                    keys = [key for key in fields[1] if fields[0].get(key) != fields[1][key]]
+                    was, now = (
+                        ", ".join(f"{key} {f.get(key, 'of an older version')}" for key in keys) for f in fields
+                    )
                 raise ValueError(
                     f"{folder} was made with another {', '.join(differing)} ({_short(was)}, now {_short(now)}): "
                     "choose another folder, or delete this one."
@@ -176,7 +211,10 @@ class Dataset:
                 if (self.scene(index) / MANIFEST).exists():
                     path.unlink(missing_ok=True)
                 else:
-                    found[index] = read_json(path)
+                    try:
+                        found[index] = {"error": "", "traceback": ""} | read_json(path)
+                    except (OSError, ValueError) as error:
+                        found[index] = {"error": f"why is not known ({error})", "traceback": ""}
         return found
 
     def write_failures(self) -> None:
@@ -193,14 +231,14 @@ class Dataset:
         lines = []
         for index in range(self.scenes):
             path = self.scene(index) / MANIFEST
-            if not path.exists():
+            if not path.is_file():
                 return None
             lines.append(f"{scene_name(index)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n")
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def record(self, digest: bool = True) -> dict[str, Any]:
         fields = self.plan["recipe"]["fields"]
-        return {
+        record = {
             "format": FORMAT,
             "plan": self.plan,
             "tag": self.tag,
@@ -210,6 +248,7 @@ class Dataset:
             "versions": versions(),
             "digest": self.digest() if digest else None,
         }
+        return record | {"checksum": _checksum(record)}
 
     def close(self) -> bool:
         """Bring failures.json and dataset.json up to date; True where every scene is finished.
@@ -218,7 +257,7 @@ class Dataset:
         """
         self.write_failures()
         record = self.record()
-        if read_json(self.folder / DATASET) != record:
+        if (self.folder / DATASET).read_bytes() != json_bytes(record):
             write_atomically(self.folder / DATASET, json_bytes(record))
         return record["digest"] is not None
 
@@ -246,6 +285,12 @@ def _empty(folder: Path) -> None:
     """Remove the unfinished scenes, and broken ones that were being replaced when a run was killed."""
     for partial in sorted(folder.glob("scene_*")):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Of all of dataset.json but the digest, which is compared with the manifests."""
+    kept = {key: value for key, value in record.items() if key not in ("digest", "checksum")}
+    return hashlib.sha256(json_bytes(kept)).hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

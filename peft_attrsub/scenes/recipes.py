@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .draws import Draw
 
 ATTRIBUTES = ("texture", "geometry", "camera", "lighting", "mixed", "motion")
 LAYOUTS = ("room", "object")
 TRAJECTORIES = ("spline", "micro", "orbit")
+SAMPLING = 2  # counts up whenever the same recipe gives other scenes
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class AttributeRecipe:
     trajectory: "spline", "micro" (steps <= 0.01 m and <= 1 degree) or "orbit". views: per scene, 0 for the usual 100,
     or 42 of a micro-baseline. size: of the square pictures, pixels. fov: least and largest field of view, degrees.
     extent: longest side of the room, metres; objects stand in a cube a quarter as long, seen from within half of it
-    to all of it. floor: for objects to stand on. triangles: about how many a scene may have.
+    to all of it. floor: for objects to stand on. triangles: about how many a scene may have. sampling: how scenes are
+    drawn, 1 as before there was this number, 2 with low-contrast textures and lighting drawn again.
     """
 
     attribute: str
@@ -36,12 +39,14 @@ class AttributeRecipe:
     extent: float = 8.0
     floor: bool = False
     triangles: int = 400_000
+    sampling: int = SAMPLING
 
     def __post_init__(self) -> None:
         for name, known in (("attribute", ATTRIBUTES), ("layout", LAYOUTS), ("trajectory", TRAJECTORIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"the {name} {getattr(self, name)!r} is unknown: give one of {', '.join(known)}.")
         whole = {"seed": (0, 2**32 - 1), "size": (1, 65535), "views": (0, 10**6), "triangles": (1, 10**9)}
+        whole["sampling"] = (1, SAMPLING)
         for name, (low, high) in whole.items():
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
@@ -52,6 +57,11 @@ class AttributeRecipe:
             raise ValueError(f"extent={self.extent!r} was given: give metres above 0.")
         object.__setattr__(self, "fov", (float(self.fov[0]), float(self.fov[1])))
         object.__setattr__(self, "views", self.views or (42 if self.trajectory == "micro" else 100))
+
+    @classmethod
+    def from_plan(cls, **fields: Any) -> AttributeRecipe:
+        """The recipe of a dataset.json; one without `sampling` is of a version that had 1 alone."""
+        return cls(**({"sampling": 1} | fields))
 
     def varies(self, attribute: str) -> bool:
         """Whether `attribute` goes to the extreme."""

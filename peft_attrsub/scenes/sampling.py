@@ -1,7 +1,8 @@
 """A scene from a recipe and an index, by numpy alone.
 
 What the dataset keeps comes from its own streams, and leaves room for what it varies: boxes keep clear of the camera
-path of the dataset, a camera that roams keeps clear of the boxes. The same recipe, index and texture names give the
+path of the dataset, a camera that roams keeps clear of the boxes. Textures and lamps that would show nothing are drawn
+again, from the same stream (`contrast`). The same recipe, index and texture names give the
 same bytes on every machine.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import lamps, layout, surfaces
+from . import contrast, lamps, layout, surfaces
 from .cameras import Space, broad, cameras, narrow, path, space_of
 from .description import Camera, Material, Scene, Shape
 from .draws import Array, Draw
@@ -133,14 +134,26 @@ def _solids(
 
 def _lamps(recipe: AttributeRecipe, index: int, room: Array | None, boxes: Array) -> lamps.Lamps:
     if recipe.varies("lighting"):
-        return lamps.wild(recipe.scene("lamps", index), room, recipe.extent, boxes)
+        draw = recipe.scene("lamps", index)
+        lit = lamps.wild(draw, room, recipe.extent, boxes)
+        for _ in range(contrast.TRIES if recipe.sampling > 1 else 0):
+            if contrast.shows_light(lit, room):
+                break
+            lit = lamps.wild(draw, room, recipe.extent, boxes)
+        return lit
     kept = lamps.usual(recipe.base("lamps", index), room, recipe.extent)
     return lamps.nearly(recipe.scene("lamps", index), kept)
 
 
 def _palette(recipe: AttributeRecipe, index: int, textures: list[str] | None) -> list[Material]:
     if recipe.varies("texture"):
-        return surfaces.wild_palette(recipe.scene("palette", index), textures)
+        draw = recipe.scene("palette", index)
+        palette = surfaces.wild_palette(draw, textures)
+        for _ in range(contrast.TRIES if recipe.sampling > 1 else 0):
+            if contrast.shows_palette(palette):
+                break
+            palette = surfaces.wild_palette(draw, textures)
+        return palette
     draw = recipe.scene("palette", index)
     return [surfaces.nearly(draw, kept) for kept in surfaces.palette(recipe.base("palette", index), textures)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 def contact_sheet(
     folder: str | Path, path: str | Path | None = None, scenes: int = 6, views: int = 6, cell: int = 160
 ) -> Path:
-    """Draw `scenes` x `views` pictures, evenly chosen, each at most `cell` pixels wide and high, and write a PNG
+    """Draw `scenes` x `views` pictures, evenly chosen, the longer side of each `cell` pixels, and write a PNG
     (default: contact_sheet.png in the dataset; a name that ends in .jpg gives a JPEG). Returns its path.
 
     ValueError where the dataset has no finished scene or less than one row, column or pixel is asked for.
@@ -46,7 +47,7 @@ def contact_sheet(
         for column, view in enumerate(_spread(list(range(len(frames[index]))), columns)):
             source = dataset.scene(index) / frames[index][view]["file_path"]
             picture = image.fromarray(pixels.decode(source.read_bytes(), source))
-            picture.thumbnail((cell, cell))
+            picture = _fitted(picture, cell, image.Resampling)
             left = GAP + column * step
             label = f"{scene_name(index)}  view {view}" if column == 0 else f"view {view}"
             pen.text((left, top), label, FAINT, font=letters)
@@ -59,6 +60,13 @@ def contact_sheet(
     else:
         write_atomically(target, pixels.encode_rgb(np.asarray(sheet)))
     return target
+
+
+def _fitted(picture: Any, cell: int, ways: Any) -> Any:
+    """As large as the cell allows: smaller by filtering, larger by repeating pixels, so that they stay visible."""
+    scale = cell / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    return picture.resize(size, ways.NEAREST if scale > 1 else ways.LANCZOS)
 
 
 def _spread(values: list[int], count: int) -> list[int]:

@@ -100,8 +100,10 @@ def transforms(scene: Scene, form: SceneFormat) -> dict[str, Any]:
     """The content of transforms.json.
 
     nerfstudio's part: `transform_matrix`, camera to world with OpenGL axes (x right, y up, looking along -z),
-    `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`, no distortion, and `depth_file_path` unless depth is EXR, which nerfstudio
-    cannot read. Ours: `extrinsic` (3, 4), `intrinsic` (3, 3), `depth_path`, `ids_path`, and where
+    `fl_x`, `fl_y`, `cx`, `cy`, `w`, `h`, no distortion, and `depth_file_path` where depth is PNG in millimeters:
+    nerfstudio multiplies by 0.001 whatever the file says, so that meters would come out 1000 times too small, and it
+    cannot read EXR. (To train on npy, copy `depth_path` to `depth_file_path` and give nerfstudio's dataparser
+    `--depth-unit-scale-factor 1`.) Ours: `extrinsic` (3, 4), `intrinsic` (3, 3), `depth_path`, `ids_path`, and where
     things move `object_poses`: object id to the rigid transform (4, 4) of its mesh, as in scene.json. Ids are not
     given as `mask_path`: there nerfstudio expects the pixels to train on.
     """
@@ -121,7 +123,7 @@ def transforms(scene: Scene, form: SceneFormat) -> dict[str, Any]:
         }
         if scene.motion:
             frame["object_poses"] = scene.motion[index]
-        if form.depth != "exr":
+        if form.depth == "png":
             frame["depth_file_path"] = names["depth"]
         frames.append(frame)
     shared = {key: frames[0][key] for key in ("fl_x", "fl_y", "cx", "cy")} if frames else {}
@@ -211,7 +213,10 @@ def publish(partial: Path, folder: Path, replace: bool = False) -> None:
         aside = partial.with_name(partial.name + ".old")
         os.rename(folder, aside)
         os.rename(partial, folder)
-        shutil.rmtree(aside)
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
         return
     try:
         os.rename(partial, folder)
@@ -246,10 +251,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: the scene is not finished, run the same command again.")
     manifest = read_json(path)
-    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("views"), int):
-        raise ValueError(f"{path} is no manifest of a scene: repair the dataset.")
     if manifest.get("format") not in range(1, FORMAT + 1):
         raise ValueError(f"{path} has format {manifest.get('format')}, this version reads up to {FORMAT}: upgrade it.")
+    files = manifest.get("files")
+    good = isinstance(files, dict) and all(
+        isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
+    good = good and all(type(manifest.get(key)) is int for key in ("index", "views", "width", "height", "bytes"))
+    if not good or not isinstance(manifest.get("tag"), str) or not {"jpeg", "depth"} <= set(manifest):
+        raise ValueError(f"{path} is no manifest of a scene: repair the dataset.")
+    if manifest["bytes"] != sum(entry["bytes"] for entry in manifest["files"].values()):
+        raise ValueError(f"{path} is damaged, its sizes do not add up: repair the dataset.")
     return manifest
 
 

@@ -78,7 +78,8 @@ class SceneMaker:
     def __init__(self, plan: dict[str, Any], tag: str, stop: Stop, threads: int | None = None) -> None:
         self.storage = importlib.import_module("peft_attrsub.scenes.storage")
         self.plan, self.tag, self.stop = plan, tag, stop
-        self.recipe = load(plan["recipe"]["class"])(**plan["recipe"]["fields"])
+        kind = load(plan["recipe"]["class"])
+        self.recipe = getattr(kind, "from_plan", kind)(**plan["recipe"]["fields"])
         self.sampler = load(plan["sampler"])
         self.renderer = load(plan["renderer"])
         self.options = dict(plan["options"])

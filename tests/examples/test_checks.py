@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -320,3 +321,13 @@ def test_folders_that_are_no_adapters(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"adapter_config.json is no readable JSON"):
         check_adapter_base(folder, tiny_model())
+
+
+def test_the_cluster_checks_every_dataset_and_trains_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = importlib.import_module("train_lora_cluster")
+    write_benchmark("scenes", tmp_path / "data", np.linalg.inv)
+    given = ["--datasets", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--workers", "0", "--check"]
+    assert cluster.main(given) == 1
+    told = capsys.readouterr().out
+    assert told.count("read as inverted") == SCENES and "texture_00:\n" in told and "texture_01:\n" in told
+    assert not (tmp_path / "out").exists()

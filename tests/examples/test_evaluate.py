@@ -200,8 +200,7 @@ def test_a_run_continues_where_it_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(measure, "run_model", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            script.main(arguments(people, model, out))
+        assert script.main(arguments(people, model, out)) == 130
     assert [path.name for path in (out / "sequences").iterdir()] == ["0000.json"]
     monkeypatch.setattr(measure, "run_model", lambda m, s, h: (seen.append(s.name), run_model(m, s, h))[1])
     assert script.main(arguments(people, model, out)) == 0

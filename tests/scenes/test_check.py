@@ -20,7 +20,7 @@ from peft_attrsub.scenes.agreement import contradictions
 from peft_attrsub.scenes.check import check_dataset, repair_dataset
 from peft_attrsub.scenes.dataset import Dataset
 from peft_attrsub.scenes.sheet import contact_sheet
-from peft_attrsub.scenes.storage import SceneWriter, read_scene
+from peft_attrsub.scenes.storage import SceneWriter, json_bytes, read_scene
 from tests.scenes import tiny
 from tests.scenes.test_generate import control, lines, make, tree  # noqa: F401  (a fixture)
 
@@ -90,7 +90,7 @@ def test_a_manifest_that_lies_costs_the_whole_scene(data: Path, master: Path, co
     path = data / "scene_00001/manifest.json"
     record = json.loads(path.read_text())
     record["files"]["images/00001.png"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(record))
+    path.write_bytes(json_bytes(record))
     assert repair_dataset(data, workers=1) == []
     assert lines(control / "rendered") == ["1 1", "1 0", "1 1", "1 2"]
     assert tree(data) == tree(master)
@@ -105,6 +105,7 @@ def test_what_is_wrong_with_the_dataset_itself(data: Path) -> None:
     assert "scene_00007 does not belong to the 3 scenes" in texts[0] and "its digest is not theirs" in texts[1]
     (data / "scene_00007").rmdir()
     assert repair_dataset(data) == []
+    del record["checksum"]  # as in datasets of older versions
     (data / "dataset.json").write_text(json.dumps(record | {"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         check_dataset(data)
@@ -226,11 +227,13 @@ def test_contact_sheet(data: Path, tmp_path: Path) -> None:
         found = np.asarray(picture)
     first = read_scene(data / "scene_00000")["images"]
     second = read_scene(data / "scene_00001")["images"]
-    corners = [  # of the pictures, in reading order; 24 pixels wide, so not scaled
+    repeated = (np.arange(40) + 0.5) * 24 // 40  # 24 pixels fill a cell of 40
+    shown = [view[np.ix_(repeated.astype(int), repeated.astype(int))] for view in (*first, *second)]
+    corners = [  # of the pictures, in reading order
         (row, column)
-        for row in range(found.shape[0] - 23)
-        for column in range(found.shape[1] - 23)
-        if any((found[row : row + 24, column : column + 24] == view).all() for view in (*first, *second))
+        for row in range(found.shape[0] - 39)
+        for column in range(found.shape[1] - 39)
+        if any((found[row : row + 40, column : column + 40] == view).all() for view in shown)
     ]
     assert len(corners) == 6 and len({row for row, _ in corners}) == 2
     assert contact_sheet(data, tmp_path / "sheet.jpg").read_bytes()[:2] == b"\xff\xd8"
@@ -240,3 +243,76 @@ def test_contact_sheet(data: Path, tmp_path: Path) -> None:
         shutil.rmtree(path)
     with pytest.raises(ValueError, match="no finished scene yet"):
         contact_sheet(data)
+
+
+def damaged(path: Path, kind: str, rng: np.random.Generator) -> None:
+    """One random fault of a file: shorter, empty, other bytes, gone, a folder in its place, JSON of another type."""
+    content = bytearray(path.read_bytes())
+    if kind == "delete":
+        path.unlink()
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "truncate":
+        path.write_bytes(content[: rng.integers(1, len(content))])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "type":
+        path.write_text("[1, 2]")
+    else:
+        for place in rng.integers(0, len(content), 3):
+            content[place] ^= 1 << rng.integers(0, 8)
+        path.write_bytes(content)
+
+
+KINDS = ("delete", "folder", "truncate", "empty", "type", "flip")
+
+
+def test_random_damage_is_always_named_and_never_raises(master: Path, tmp_path: Path) -> None:
+    """All files of a dataset but dataset.json, one after the other, by faults of all kinds."""
+    rng = np.random.default_rng(5)
+    names = sorted(tree(master))
+    names.remove("dataset.json")
+    for number, name in enumerate([*names, *names]):
+        data = Path(shutil.copytree(master, tmp_path / str(number)))
+        before = (data / name).read_bytes()
+        damaged(data / name, KINDS[number % len(KINDS)], rng)
+        if (data / name).is_file() and (data / name).read_bytes() == before:
+            continue  # flipped twice at one place
+        texts = [str(problem) for problem in check_dataset(data)]
+        scene, _, rest = name.rpartition("scene_")[2].partition("/")
+        word = f"scene_{scene}: " if rest else name
+        assert any(text.startswith(word) for text in texts), (name, KINDS[number % len(KINDS)], texts)
+        assert not [text for text in texts if text.startswith("scene_") and not text.startswith(word)]
+        shutil.rmtree(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_damage_of_many_files_is_mended(kind: str, data: Path, master: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(KINDS.index(kind))
+    names = sorted(set(tree(master)) - {"dataset.json"})
+    for name in rng.choice(names, 4, replace=False):
+        damaged(data / name, kind, rng)
+    assert repair_dataset(data, workers=1) == []
+    assert tree(data) == tree(master)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_plan_is_refused_and_made_again(kind: str, data: Path, master: Path) -> None:
+    path, rng = data / "dataset.json", np.random.default_rng(9)
+    for _ in range(20 if kind == "flip" else 1):
+        if path.is_dir():
+            path.rmdir()
+        shutil.copy(master / "dataset.json", path)
+        damaged(path, kind, rng)
+        try:
+            assert check_dataset(data), path.read_text()  # what is not refused is named: the digest, a space
+        except (OSError, ValueError) as error:
+            assert "dataset.json" in str(error) and "\n" not in str(error)
+    plan = Dataset.open(master).plan
+    with pytest.raises(ValueError, match=r"cannot be made again: its scenes were made with other arguments"):
+        Dataset.restore(data, plan | {"depth": "npy"}, 3)
+    flip(data / "scene_00001/manifest.json")
+    Dataset.restore(data, plan, 3)
+    assert repair_dataset(data, workers=1) == []
+    assert tree(data) == tree(master)

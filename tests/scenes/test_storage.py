@@ -149,7 +149,9 @@ def test_what_nerfstudio_reads(tmp_path: Path) -> None:
     assert all("mask_path" not in frame for frame in record["frames"])  # it would mean: pixels to leave out
     assert [frame["depth_file_path"] for frame in record["frames"]] == [f"depth/0000{i}.png" for i in range(3)]
     # cv2 in nerfstudio has no OpenEXR: a depth it cannot read would stop it.
-    assert all("depth_file_path" not in f for f in storage.transforms(given, SceneFormat(depth="exr"))["frames"])
+    for depth in ("npy", "exr"):  # nerfstudio would take its meters for millimeters, or cannot read it
+        frames = storage.transforms(given, SceneFormat(depth=depth))["frames"]
+        assert all("depth_file_path" not in f and f["depth_path"].endswith(depth) for f in frames)
 
     zoomed = replace(given, cameras=[*given.cameras[:2], replace(given.cameras[2], fx=99.0)])
     record = storage.transforms(zoomed, SceneFormat())

@@ -23,6 +23,7 @@ from peft_attrsub.vggt import to_image_corner
 from peft_attrsub.vggt.losses import MIN_PIXELS
 
 from .batches import training_frames
+from .options import DataSettings
 
 #: In the folder of a run: the weights that it was begun with.
 BASE = "base.json"
@@ -63,6 +64,24 @@ def check_data(
     )
     # Parts of a sequence, and sequences that share a file, say the same.
     return list(dict.fromkeys(problem for found in progress(loader) for problem in found))
+
+
+def report_data(settings: DataSettings) -> int:
+    """--check: print one line per problem of the data that the settings name, and return the exit status: 0 or 1."""
+    from tqdm import tqdm
+
+    from .sources import open_learnt
+
+    problems = check_data(
+        lambda: open_learnt(settings),
+        settings.views_min,
+        workers=settings.workers,
+        progress=lambda items: tqdm(items, desc="check", unit="sequence"),
+    )
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}", flush=True)
+    return 1 if problems else 0
 
 
 class _Checker(torch.utils.data.Dataset[list[str]]):
@@ -285,4 +304,5 @@ __all__ = [
     "check_sample",
     "check_sequence",
     "posed_depth",
+    "report_data",
 ]
