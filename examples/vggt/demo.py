@@ -146,6 +146,10 @@ def continue_demo(out: Path, settings: dict[str, Any], workers: int, lock: int) 
         print(f"all of it is done already; --fresh starts anew\nOpen this page: {page}")
         return 0
     show.say(f"The page is {page}: open it now, it grows with what is done.")
+    if show.done and settings["scale"] is not None:
+        show.say(
+            f"Continued at the scale {settings['scale']}: {len(show.done)} of {len(show.steps)} commands are done."
+        )
     try:
         show.know_speed()
         show.update()

@@ -343,6 +343,7 @@ def test_a_toy_runs_is_killed_goes_on_and_then_rests(tmp_path: Path) -> None:
     record = json.loads((out / "demo.json").read_text())
     assert record["calls"][0] == first[0] and len(record["calls"]) == 2
     assert f"{sum(record['calls']):.0f} seconds in 2 calls" in done.stdout
+    assert "\nContinued at the scale toy: " in done.stdout
     assert record["scale"] == "toy" and record["speed"]["step"] > 0 and record["why"] in done.stdout + reader.words
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["methods"]) == {"base", "lora", "cores"}

@@ -52,7 +52,7 @@ class Show:
         self._changed = True
         self.bar = tqdm(
             total=100.0,
-            bar_format="{bar:20} {desc}",
+            bar_format="{bar:20} {elapsed}  {desc}",
             dynamic_ncols=True,
             leave=False,
             disable=say is not None or not sys.stderr.isatty(),
