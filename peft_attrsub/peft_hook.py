@@ -5,10 +5,12 @@ worker process seconds of CPU, and most of them never use it. So `install` puts 
 which wraps the loader of the module "peft" and of no other: once PEFT's own `__init__` has run, and before anyone who
 waits for that import goes on, the tuner is imported and registered. The finder then removes itself.
 
-Two threads cannot block each other here. The thread that imports PEFT holds the import lock of "peft" and imports
-modules of the tuner. A thread that imports the tuner first holds the lock of the package `peft_attrsub.tuner` and asks
-for PEFT before it imports any module of the tuner, and the import system takes no lock of a parent package that is in
-sys.modules.
+Threads that import `peft`, `peft_attrsub` and `peft_attrsub.tuner` at the same time do not block each other. The
+thread that imports PEFT holds the import lock of "peft" and imports modules of the tuner. A thread that imports the
+tuner holds the lock of the package `peft_attrsub.tuner` and asks for PEFT before it imports any module of the tuner,
+and the import system takes no lock of a parent package that is in sys.modules. For the same reason Python itself does
+not protect a thread that imports a module by its full name, such as peft_attrsub.tuner.layer, while another one is
+still importing the package around it: import from the packages.
 """
 
 from __future__ import annotations
