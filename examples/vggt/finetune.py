@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 def main(arguments: Sequence[str] | None = None) -> int:
     from training.settings import parse
 
-    from peft_attrsub.interrupts import say_stopped, until_stopped
+    from peft_attrsub.interrupts import until_stopped
 
     try:
         model, data, train = parse(arguments, description=__doc__)
@@ -35,14 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return until_stopped("finetune", lambda: report_data(data), "stopped")
         from training.run import run
 
-        done = run(model, data, train)
+        return until_stopped("finetune", lambda: ended(run(model, data, train)))
     except (ImportError, OSError, ValueError) as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
-    if "stopped" in done:
-        say_stopped("finetune")
-        return 128 + int(done["stopped"])
-    return 0
+
+
+def ended(done: dict[str, Any]) -> int:
+    """The exit status of a run that ended by itself, or after the step in which a signal came."""
+    if "stopped" not in done:
+        return 0
+    from peft_attrsub.interrupts import say_stopped
+
+    say_stopped("finetune")
+    return 128 + int(done["stopped"])
 
 
 if __name__ == "__main__":

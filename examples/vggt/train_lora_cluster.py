@@ -151,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from training.launcher import LauncherOptions
     from training.settings import DataSettings, ModelSettings, TrainSettings, parse_types
 
+    from peft_attrsub.interrupts import until_stopped
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     kinds = (ClusterSettings, LauncherOptions, ModelSettings, DataSettings, TrainSettings)
     try:
@@ -178,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_done(out, list(chosen), model.random_weights)
         if options.launcher is not None:
             return launch(chosen, out, cluster.per_job, options, arguments)
-        return train_all(chosen, out, (model, data, train))
+        return until_stopped("train_lora_cluster", lambda: train_all(chosen, out, (model, data, train)))
     except (ImportError, OSError, ValueError) as error:
         print(f"train_lora_cluster: {error}", file=sys.stderr)
         return 2
