@@ -339,7 +339,7 @@ def test_a_toy_runs_is_killed_goes_on_and_then_rests(tmp_path: Path) -> None:
     assert mtimes(out / "people-held-out") == before
     assert f"Open this page: {out / 'index.html'}" in done.stdout
     reader = self_contained((out / "index.html").read_text(encoding="utf-8"))
-    assert reader.sections == SECTIONS and "toy scale" in reader.words
+    assert reader.sections == SECTIONS and "toy scale" in reader.words and "Trainings computed in " in reader.words
     record = json.loads((out / "demo.json").read_text())
     assert record["calls"][0] == first[0] and len(record["calls"]) == 2
     assert f"{sum(record['calls']):.0f} seconds in 2 calls" in done.stdout

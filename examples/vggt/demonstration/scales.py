@@ -59,7 +59,7 @@ SCALES = {
         lora_rate=1e-2,
         cores_rate=3e-3,
     ),
-    # About half of the work, for slow machines. The scenes are the laptop's: they are rendered before the scale is
+    # Two thirds of the work, for slow machines. The scenes are the laptop's: they are rendered before the scale is
     # chosen.
     "small": Scale(
         datasets=2,
@@ -76,6 +76,7 @@ SCALES = {
         dim=8,
         lora_rank=8,
         tune_steps=40,
+        # The laptop's rates: with half of the steps both methods still learn (people: -12 % and -21 %).
         lora_rate=1e-2,
         cores_rate=3e-3,
         draws=50,
