@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import RESULTS, header, table, write_result
+from _common import RESULTS, header, print_anything, table, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -91,4 +91,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     raise SystemExit(main())

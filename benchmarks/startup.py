@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import HERE, header, load, summary, table, write_result
+from _common import HERE, header, load, print_anything, summary, table, write_result
 
 ROOT = HERE.parent
 TARGET = 1.0  # CPU seconds
@@ -91,7 +91,7 @@ def measure(one: dict) -> dict:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *one["words"]], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, *one["words"]], capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONPATH": path}
     )
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != one["status"]:
@@ -150,4 +150,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

@@ -6,8 +6,7 @@ It loads neither PEFT nor torch: the names below are imported on their first use
 
 from typing import TYPE_CHECKING
 
-from ._lazy import lazy_names
-from .basis.card import add_section
+from ._lazy import lazy_names, provide
 from .peft_hook import install
 
 if TYPE_CHECKING:
@@ -41,8 +40,9 @@ else:
 
 __version__ = "0.1.0"
 
-# The room of bases may not know the room that measures them: they are introduced to each other here.
-add_section("peft_attrsub.analysis.card:card_section")
+# The room of bases may not know the room that measures them: they are introduced to each other here. No room is
+# imported for it: another thread that imports one at this moment waits for this file.
+provide("sections of a basis' card", "peft_attrsub.analysis.card:card_section")
 install()
 
 __all__ = [

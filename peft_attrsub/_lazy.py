@@ -1,4 +1,4 @@
-"""Packages that import their modules on the first use of a name (PEP 562).
+"""Packages that import their modules on the first use of a name (PEP 562), and functions named before their import.
 
 The only file of this package that every room may import; it imports nothing of ours.
 """
@@ -40,3 +40,26 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *where, *modules})
 
     return get, listed
+
+
+_PROVIDED: dict[str, list[Callable[..., Any] | str]] = {}
+
+
+def provide(slot: str, function: Callable[..., Any] | str) -> None:
+    """Add a function, or "package.module:function", which is imported on use, to a slot; again changes nothing."""
+    functions = _PROVIDED.setdefault(slot, [])
+    if function not in functions:
+        functions.append(function)
+
+
+def provided(slot: str) -> list[Callable[..., Any]]:
+    """The functions of a slot, in the order in which they were added."""
+    return [_function(one) for one in _PROVIDED.get(slot, ())]
+
+
+def _function(one: Callable[..., Any] | str) -> Callable[..., Any]:
+    if not isinstance(one, str):
+        return one
+    module, _, name = one.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found

@@ -144,7 +144,7 @@ def test_the_table_has_no_circle() -> None:
         ("import importlib\nimportlib.import_module('peft_attrsub.cli')", "peft_attrsub.tuner.layer", False),
         ("import importlib\nimportlib.import_module('..tuner.layer', __name__)", "peft_attrsub.basis", True),
         ("__getattr__, __dir__ = lazy_names(__name__, {'..tuner': ['Linear']})", "peft_attrsub.basis", True),
-        ("add_section('peft_attrsub.analysis.card:card_section')", "peft_attrsub.basis.card", False),
+        ("provide('sections', 'peft_attrsub.analysis.card:card_section')", "peft_attrsub.basis.card", False),
         ("from tests.reference import slow", "peft_attrsub.tuner.layer", False),
         ("import examples.digits", "peft_attrsub.cli", False),
         ("from .basis import Basis", "peft_attrsub._pictures", False),

@@ -227,6 +227,7 @@ def settings(args: argparse.Namespace, how: Any, loaded: Any, metrics: str) -> d
     """What a run may only be continued with: all that decides its numbers."""
     chosen = asdict(how) | {"benchmark": args.benchmark, "model": args.model, "adapter_digest": loaded.digest}
     chosen |= {"random_weights": args.random_weights, "base_digest": loaded.base.digest, "merge": args.merge}
+    chosen["pixels"] = "centers"  # runs of before this key unprojected predictions half a pixel off
     chosen["split"] = args.split
     chosen["sequences"] = None if args.sequences is None else args.sequences.name
     if metrics == "depth":

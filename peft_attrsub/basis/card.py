@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from .._lazy import provided
+
 if TYPE_CHECKING:
     from .basis import Basis
 
-# A section measures the basis, writes its figures into the folder and returns Markdown; see `add_section`.
-Section = Callable[["Basis", Path], str]
-_SECTIONS: list[Section | str] = []
+#: Slot of `_lazy.provide` for functions of a basis and a folder. Each measures the basis when it is pushed to the Hub,
+#: writes its figures into the folder, and returns a section of the card in Markdown.
+SECTIONS = "sections of a basis' card"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _TEMPLATE = Template("""---
@@ -51,27 +52,9 @@ $sections$origin
 """)
 
 
-def add_section(section: Section | str) -> None:
-    """Have `section` measure every basis that is pushed to the Hub; its Markdown goes into the card.
-
-    section: a function, or "package.module:function", which is imported when the first card is written. Adding one
-    again changes nothing.
-    """
-    if section not in _SECTIONS:
-        _SECTIONS.append(section)
-
-
-def _load(section: Section | str) -> Section:
-    if not isinstance(section, str):
-        return section
-    module, _, name = section.partition(":")
-    found: Section = getattr(import_module(module), name)
-    return found
-
-
 def full_card(basis: Basis, name: str, folder: Path, license: str | None) -> str:
-    """README.md of a pushed basis, with every section of `add_section`; figures are written into `folder`."""
-    return model_card(basis, name, [_load(section)(basis, folder) for section in _SECTIONS], license)
+    """README.md of a pushed basis, with the sections provided; figures are written into `folder`."""
+    return model_card(basis, name, [section(basis, folder) for section in provided(SECTIONS)], license)
 
 
 def model_card(basis: Basis, name: str, sections: Sequence[str] = (), license: str | None = None) -> str:

@@ -172,7 +172,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(analysis, tmp_path,
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, full)
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(BasisError, match="No space"):
                 SAVERS[kind](analysis, target)
         assert target.read_text() == "before"
         assert [p.name for p in tmp_path.iterdir()] == [target.name]

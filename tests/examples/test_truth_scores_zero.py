@@ -21,6 +21,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
+from peft_attrsub.basis.identity import BaseIdentity
 from peft_attrsub.datasets import RenderedWriter, Sample, open_benchmark
 from peft_attrsub.datasets.resizing import resize_intrinsics
 from peft_attrsub.scenes.storage import SceneFormat, write_scene
@@ -88,7 +89,9 @@ def oracle(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Oracle:
         return run_model(model, sample, how)
 
     monkeypatch.setattr(loading, "load_config", lambda *_: model.config)
-    monkeypatch.setattr(loading, "load_model", lambda *_, **__: loading.Loaded(model, 0, ""))
+    monkeypatch.setattr(
+        loading, "load_model", lambda *_, **__: loading.Loaded(model, 0, "", BaseIdentity("truth", "0" * 64))
+    )
     monkeypatch.setattr(measure, "run_model", told)
     return model
 

@@ -374,7 +374,7 @@ def test_workers_share_the_cores(
     options: dict[str, int],
     told: str,
 ) -> None:
-    monkeypatch.setattr(module, "cores", lambda: cores)
+    monkeypatch.setattr(module, "cores_per_process", lambda: cores)
     folder = tmp_path / "data"
     make(folder, scenes, workers, renderer=f"{tiny.HERE}:ThreadedRenderer", options=options)
     assert lines(control / "threads") == [told] * scenes
