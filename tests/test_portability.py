@@ -24,7 +24,6 @@ from tests.test_machine import environment, run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for room in ("peft_attrsub", "examples", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
-SOURCES = [path for path in SOURCES if "demonstration" not in path.parts and path.name != "demo.py"]
 SCRIPTS = [path for path in SOURCES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 SCRIPTS = [path for path in SCRIPTS if path.parts[-2] in ("examples", "vggt", "benchmarks") and path.name[0] != "_"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .._machine import available_cores
 from . import pixels
 from .agreement import PosedDepth, contradictions, pairs_to_compare, pose_problem
 from .dataset import DATASET, SHEET, Dataset, scene_name
@@ -153,7 +153,7 @@ def check_dataset(folder: str | Path, pairs: int = 3, workers: int | None = None
     dataset = Dataset.open(folder)
     failures = dataset.failures()
     found: list[Problem] = []
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(workers or min(8, available_cores())) as threads:
         check: Callable[[int], list[Problem]] = lambda index: check_scene(dataset, index, pairs)  # noqa: E731
         for index, problems in enumerate(threads.map(check, range(dataset.scenes))):
             if index in failures:

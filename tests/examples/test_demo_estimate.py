@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,43 +183,26 @@ def test_time_is_that_of_all_calls_and_lines_come_now_and_then(demo: SimpleNames
 # --- the machine -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("own", "files", "limit"),
-    [
-        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
-        ("0::/\n", {"cpu.max": "400000 100000"}, 4.0),
-        ("0::/\n", {}, None),
-        (
-            "4:cpu,cpuacct:/x\n0::/\n",
-            {"cpu,cpuacct/x/cpu.cfs_quota_us": "50000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
-            0.5,
-        ),
-        # A container that does not see where it stands in the host's tree.
-        ("4:cpu:/host/1\n", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
-        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ("", {"cpu.max": "100000 100000"}, None),
-    ],
-)
-def test_a_limit_of_the_control_group_counts(
-    demo: SimpleNamespace, tmp_path: Path, own: str, files: dict[str, str], limit: float | None
+def test_as_many_commands_as_cores_and_memory_hold(
+    demo: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    files = {"proc/meminfo": f"MemAvailable: {13 * 2**19} kB\n", "proc/self/cgroup": "0::/box\n"}
     for name, text in files.items():
-        path = tmp_path / "groups" / name
+        path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    assert demo.machine.cpu_limit(tmp_path / "groups", tmp_path / "own") == limit
-    count = demo.machine.workers(64, tmp_path / "groups", tmp_path / "own")
-    assert count >= 1 and (limit is None or count <= max(1, limit))
-
-
-def test_as_many_commands_as_fit_into_the_memory(demo: SimpleNamespace, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(demo.machine.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    memory = SimpleNamespace(available=6.5 * 2**30)
-    monkeypatch.setattr(demo.machine.psutil, "virtual_memory", lambda: memory)
-    assert [demo.machine.workers(most, tmp_path, tmp_path / "own") for most in (4, 64)] == [4, 6]
-    (tmp_path / "own").write_text("0::/box\n")
-    (tmp_path / "box").mkdir()
-    for text, count in (("max\n", 6), (f"{5 * 2**29}\n", 2), ("1000\n", 1)):
-        (tmp_path / "box" / "memory.max").write_text(text)
-        assert demo.machine.workers(64, tmp_path, tmp_path / "own") == count
+        path.write_text(text)
+    assert [demo.machine.workers(most, str(tmp_path)) for most in (4, 64)] == [4, 6]
+    box = tmp_path / "sys/fs/cgroup/box"
+    box.mkdir(parents=True)
+    for memory, quota, count in (
+        ("max", "max", 6),
+        (f"{5 * 2**29}", "max", 2),
+        ("1000", "max", 1),
+        ("max", "300000", 3),
+    ):
+        (box / "memory.max").write_text(f"{memory}\n")
+        (box / "memory.current").write_text("0\n")
+        (box / "cpu.max").write_text(f"{quota} 100000\n")
+        assert demo.machine.workers(64, str(tmp_path)) == count

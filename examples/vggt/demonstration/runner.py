@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from peft_attrsub._files import lock as lock_file
 from peft_attrsub.evaluation.files import write_atomically
 
 from .estimate import Job
@@ -206,7 +207,11 @@ def _finish(out: Path, job: Running) -> float:
     """Record a step that has ended well, and return its seconds; StepError for one that has not."""
     step, status = job.step, job.process.returncode
     if status != 0 or not step.product.exists():
-        lines = [line.strip() for line in re.split(r"[\r\n]", job.log.read_text(errors="replace")) if line.strip()]
+        lines = [
+            line.strip()
+            for line in re.split(r"[\r\n]", job.log.read_text(encoding="utf-8", errors="replace"))
+            if line.strip()
+        ]
         said = lines[-1] if lines else "it said nothing"
         raise StepError(f"{step.title}: the command ended with status {status} ({said}); all of it is in {job.log}.")
     seconds = time.monotonic() - job.start
@@ -237,17 +242,18 @@ def _signal(job: Running, number: int) -> None:
 @contextlib.contextmanager
 def working(out: Path, say: Callable[[str], None]) -> Iterator[int]:
     """The lock of OUT, as a file's number; waits for the commands of a demo that was killed."""
-    import fcntl
-
     number = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another demo, or a command of one that was stopped, is at work in {out}: waiting for it")
-            fcntl.flock(number, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: two demos in one folder are then not told apart
+        waiting = False
+        while True:
+            try:
+                lock_file(number)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    say(f"another demo, or a command of one that was stopped, is at work in {out}: waiting for it")
+                waiting = True
+                time.sleep(0.2)
         yield number
     finally:
         os.close(number)
@@ -255,15 +261,11 @@ def working(out: Path, say: Callable[[str], None]) -> Iterator[int]:
 
 def in_use(out: Path) -> bool:
     """Whether a demo, or a command of one, is at work in OUT."""
-    import fcntl
-
     if not (out / LOCK).is_file():
         return False
-    with (out / LOCK).open("rb") as file:
+    with (out / LOCK).open("r+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock_file(file.fileno())
         except BlockingIOError:
             return True
-        except OSError:  # a file system without locks
-            return False
     return False
