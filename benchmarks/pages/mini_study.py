@@ -36,9 +36,9 @@ def _offset(result: Row) -> str:
         return ""
     return prose(
         "**These runs are older than two corrections.** Acc, Comp and NC of the models were measured with predictions",
-        "half a pixel off the truth, and the learning rates were chosen by them; AbsRel, the bases and the training are",
-        "not affected otherwise. And some of the texture and lighting scenes that the sources saw were nearly one color",
-        "or flatly lit; such scenes are drawn again now.",
+        "half a pixel off the truth, and the learning rates were chosen by them; AbsRel, the bases and the training",
+        "are not affected otherwise. And some of the texture and lighting scenes that the sources saw were nearly one",
+        "color or flatly lit; such scenes are drawn again now.",
     )
 
 
