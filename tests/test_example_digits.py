@@ -79,8 +79,8 @@ def assert_claims(summary: dict) -> None:
     assert all(source["after"] > source["before"] + 3 for source in summary["source_adapters"])
     rows = {row["label"]: row for row in summary["methods"]}
     untuned, cores = rows["base model, untuned"], rows["cores 16 x 16, attributes"]
-    # The base's own accuracy moves by two points with the CPU's instructions (their rounding), and with it what is left
-    # to learn: a LoRA of rank 1 gains 3.6 points with AVX-512 and 0.5 with AVX2 alone.
+    # The base's own accuracy moves by two points with the CPU's instructions (their rounding), and with it what is
+    # left to learn: a LoRA of rank 1 gains 3.6 points with AVX-512 and 0.5 with AVX2 alone.
     assert cores["accuracy"] > untuned["accuracy"] + 2
     assert all(row["accuracy"] > untuned["accuracy"] - 0.5 for row in rows.values())
     # More accurate than a LoRA of about the same size; on a level with one of 3.5 times as many parameters.
