@@ -67,9 +67,8 @@ def warning(report: str) -> str | None:
     return (
         f"make: no NVIDIA GPU was found, but torch comes from PyPI as a CUDA build: {size} to download in "
         f"{len(files)} files, {len(cuda)} of them for CUDA only. To get the much smaller CPU build, stop now (Ctrl-C) "
-        "and set "
-        "PIP_EXTRA_INDEX_URL to PyTorch's CPU index (https://pytorch.org/get-started/locally shows it), or name a "
-        "build with TORCH=..., as in: make demo TORCH=torch==2.13.0+cpu"
+        "and set PIP_EXTRA_INDEX_URL to PyTorch's CPU index, which https://pytorch.org/get-started/locally shows; "
+        "TORCH=torch==VERSION chooses a version"
     )
 
 
