@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -30,10 +29,10 @@ CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def print_anything() -> None:
-    """Write "?" for what the console's encoding lacks; `print_anything` of peft_attrsub without importing it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    """Write "?" for what the console's encoding lacks."""
+    from peft_attrsub import _machine  # here: other interpreters run parts of this file without it
+
+    _machine.print_anything()
 
 
 def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
@@ -41,13 +40,13 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
 
     cpu_flags: those of FLAGS that the CPU has; None where the system does not tell. cpu_caps: set variables of CAPS.
     """
-    model, flags = platform.processor() or platform.machine(), None
+    from peft_attrsub._machine import available_cores, cpu_name  # here: see `print_anything`
+
+    flags = None
     with contextlib.suppress(OSError):
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() in ("flags", "Features"):
+            if key.strip() in ("flags", "Features"):
                 flags = [flag for flag in FLAGS if flag in value.split()]
             elif not line.strip() and flags is not None:
                 break  # the first core stands for all
@@ -55,11 +54,9 @@ def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict:
         ram = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         ram = None
-    from peft_attrsub._machine import available_cores  # here: other interpreters run parts of this file without it
-
     caps = {name: os.environ[name] for name in CAPS if name in os.environ}
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cpu_flags": flags,
         "cpu_caps": caps,
         "cores": available_cores(),

@@ -9,7 +9,9 @@ import ctypes
 import io
 import math
 import os
+import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -35,6 +37,23 @@ def available_cores(root: str | os.PathLike[str] = "/") -> int:
 def cores_per_process(root: str | os.PathLike[str] = "/") -> int:
     """The share of `available_cores` of one of LOCAL_WORLD_SIZE processes that a launcher started here."""
     return max(1, available_cores(root) // _count(os.environ.get("LOCAL_WORLD_SIZE")))
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, or else its architecture."""
+    for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name" and value.strip():
+            return value.strip()
+    if platform.system() == "Darwin":
+        try:
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            found = subprocess.run(asked, capture_output=True, encoding="utf-8", timeout=5, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            found = ""
+        if found:
+            return found
+    return platform.machine() or "unknown processor"
 
 
 def _count(text: str | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 _active: list[str] = []
@@ -17,13 +17,15 @@ def say_stopped(name: str, sentence: str = CONTINUES) -> None:
     print(f"{name}: {sentence}", file=sys.stderr, flush=True)
 
 
-def until_stopped(name: str, work: Callable[[], int], sentence: str = CONTINUES) -> int:
-    """The exit status of `work()`, or 128 + n where signal n, SIGINT or SIGTERM, stopped it: 130 or 143.
+def until_stopped(
+    name: str, work: Callable[[], int], sentence: str = CONTINUES, signals: Sequence[str] = ("SIGTERM",)
+) -> int:
+    """The exit status of `work()`, or 128 + n where signal n stopped it: SIGINT (130), or one of `signals`.
 
-    SIGTERM raises KeyboardInterrupt in `work`, as Ctrl-C does, so that it is cleaned up by the same code; then
+    They raise KeyboardInterrupt in `work`, as Ctrl-C does, so that it is cleaned up by the same code; then
     "name: sentence" is printed instead of a traceback. Code within `work` may set handlers of its own. Outside the
     main thread, where Python allows no handlers, only KeyboardInterrupt is handled. Within the `work` of another call
-    it just works: the outer one speaks.
+    it just works: the outer one speaks. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
     if _active:
         return work()
@@ -34,7 +36,9 @@ def until_stopped(name: str, work: Callable[[], int], sentence: str = CONTINUES)
         raise KeyboardInterrupt
 
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if main_thread else None
+    numbers = [getattr(signal, one) for one in signals if hasattr(signal, one)] if main_thread else []
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     _active.append(name)
     try:
         return work()
@@ -47,6 +51,6 @@ def until_stopped(name: str, work: Callable[[], int], sentence: str = CONTINUES)
         return 128 + received[0]  # the command turned the interrupt into an exit status itself
     finally:
         _active.clear()
-        if main_thread:
+        for number, handler in before.items():
             # None: a handler that was not set from Python and cannot be set again from here.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -20,15 +20,11 @@ def settle(study: Study, out: Path) -> tuple[Study, Precision, str]:
     The folder of a study that has begun decides; another precision that is asked for by name stays in the settings,
     where `keep_study` refuses it. A folder of an older version has no precision.json: its settings name the precision.
     """
-    requested, path = parse_precision(study.precision), out / FILE
+    requested = parse_precision(study.precision)
     if not (out / STUDY).exists():
         chosen = choose_precision("cpu", requested)
         return replace(study, precision=chosen.name), chosen, str(chosen)
-    stored = parse_precision(json.loads((out / STUDY).read_text(encoding="utf-8"))["precision"])
-    if path.exists():
-        kept = Precision.of(json.loads(path.read_text(encoding="utf-8")))
-    else:
-        kept = Precision(stored, "stored with the study", "unknown")
+    kept = Precision.kept(out / FILE, json.loads((out / STUDY).read_text(encoding="utf-8"))["precision"])
     name = kept.name if requested == AUTO else requested
     return replace(study, precision=name), kept, keep_precision(kept, "cpu")
 

@@ -21,23 +21,19 @@ missing; 129, 130 and 143 stopped by SIGHUP, Ctrl-C or SIGTERM.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MARKER = ".peft-attrsub-demo"  # in every folder made by this script: --fresh may remove it
 AUTO, MOST_WORKERS = "auto", 4
-STOPPED = "demo: stopped; the same command continues"
 # Needed in addition to what peft_attrsub requires. Looked for at the start, and not after minutes.
 NEEDED = {
     "open3d": "open3d",
@@ -158,7 +154,7 @@ def continue_demo(out: Path, settings: dict[str, Any], workers: int, lock: int) 
         show.close(f"A command failed: {error}")
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         show.close("It was stopped.")
         raise
     for sentence in show.close():
@@ -169,47 +165,27 @@ def continue_demo(out: Path, settings: dict[str, Any], workers: int, lock: int) 
     return 0
 
 
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that closes, leave by the same door as Ctrl-C, with status 128 + n."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    from peft_attrsub.interrupts import until_stopped
+
+    def work() -> int:
+        if os.name == "nt":
+            raise ValueError("Windows is not supported: run it in WSL (wsl --install), where it runs as on Linux.")
+        if args.workers is not None and args.workers < 1:
+            raise ValueError(f"--workers is {args.workers}: give 1 or more.")
+        if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
+            where = " on Python 3.11 or 3.12" if missing[0] == "open3d" and sys.version_info >= (3, 13) else ""
+            raise ImportError(f"{missing[0]} is not installed: run pip install 'peft-attrsub[demo]'{where}.")
+        prepare_folder(args.out, args.fresh)
+        return demonstrate(args)
+
     try:
-        with terminable():
-            if os.name == "nt":
-                raise ValueError("Windows is not supported: run it in WSL (wsl --install), where it runs as on Linux.")
-            if args.workers is not None and args.workers < 1:
-                raise ValueError(f"--workers is {args.workers}: give 1 or more.")
-            if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
-                where = " on Python 3.11 or 3.12" if missing[0] == "open3d" and sys.version_info >= (3, 13) else ""
-                raise ImportError(f"{missing[0]} is not installed: run pip install 'peft-attrsub[demo]'{where}.")
-            prepare_folder(args.out, args.fresh)
-            return demonstrate(args)
+        # SIGHUP: the terminal closes.
+        return until_stopped("demo", work, signals=("SIGTERM", "SIGHUP"))
     except (ImportError, OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return 130
-    except SystemExit as error:
-        print(STOPPED, file=sys.stderr)
-        return int(error.code or 0)
 
 
 if __name__ == "__main__":

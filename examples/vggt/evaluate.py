@@ -211,15 +211,12 @@ def choose(args: argparse.Namespace, device: Any) -> tuple[Any, str]:
     from peft_attrsub.evaluation.tables import RUN
     from peft_attrsub.vggt.precision import AUTO, Precision, choose_precision, keep_precision, parse_precision
 
-    run, record = args.out / RUN, args.out / PRECISION
+    run = args.out / RUN
     if parse_precision(args.precision) != AUTO or not run.exists():
         chosen = choose_precision(device, args.precision, training=False)
         return chosen, str(chosen)
-    if record.exists():
-        kept = Precision.of(json.loads(record.read_text(encoding="utf-8")), training=False)
-    else:  # of an older version
-        name = parse_precision(json.loads(run.read_text(encoding="utf-8")).get("dtype"))
-        kept = Precision(name, "stored with the run", "unknown", training=False)
+    older = json.loads(run.read_text(encoding="utf-8")).get("dtype")
+    kept = Precision.kept(args.out / PRECISION, older, training=False)
     return kept, keep_precision(kept, device)
 
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,6 +86,14 @@ class Precision:
     @classmethod
     def of(cls, record: Mapping[str, str], training: bool = True) -> Precision:
         return cls(parse_precision(record["precision"]), record["why"], record["requested"], training)
+
+    @classmethod
+    def kept(cls, path: Path, older: str | None, training: bool = True) -> Precision:
+        """That of a run which continues: the record in the JSON file `path`, or the bare name `older` that a run of
+        an older version stored."""
+        if path.exists():
+            return cls.of(json.loads(path.read_text(encoding="utf-8")), training)
+        return cls(parse_precision(older), "stored with the run", "unknown", training)
 
     def __str__(self) -> str:
         scaler = " with a gradient scaler" if self.scaled else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ATTRIBUTES = ("texture", "geometry", "camera", "lighting")
 #: `--scale auto` takes the first of these whose estimate stays within `BUDGET` seconds, or else the last.
@@ -39,48 +39,30 @@ class Scale:
     draws: int = 200
 
 
+_LAPTOP = Scale(
+    datasets=2,
+    scenes=6,
+    views=6,
+    generic=6,
+    people=24,
+    held_out=8,
+    shots=8,
+    detail=40,
+    rank=8,
+    steps=30,
+    rate=2e-3,
+    dim=8,
+    lora_rank=8,
+    tune_steps=80,
+    # The best of 1e-3, 3e-3, 1e-2 by (Acc + Comp) / 2 in eight rooms of seed 2, for both.
+    lora_rate=1e-2,
+    cores_rate=3e-3,
+)
 SCALES = {
-    "laptop": Scale(
-        datasets=2,
-        scenes=6,
-        views=6,
-        generic=6,
-        people=24,
-        held_out=8,
-        shots=8,
-        detail=40,
-        rank=8,
-        steps=30,
-        rate=2e-3,
-        dim=8,
-        lora_rank=8,
-        tune_steps=80,
-        # The best of 1e-3, 3e-3, 1e-2 by (Acc + Comp) / 2 in eight rooms of seed 2, for both.
-        lora_rate=1e-2,
-        cores_rate=3e-3,
-    ),
+    "laptop": _LAPTOP,
     # Two thirds of the work, for slow machines. The scenes are the laptop's: they are rendered before the scale is
-    # chosen.
-    "small": Scale(
-        datasets=2,
-        scenes=6,
-        views=6,
-        generic=4,
-        people=12,
-        held_out=6,
-        shots=8,
-        detail=40,
-        rank=8,
-        steps=12,
-        rate=2e-3,
-        dim=8,
-        lora_rank=8,
-        tune_steps=40,
-        # The laptop's rates: with half of the steps both methods still learn (people: -12 % and -21 %).
-        lora_rate=1e-2,
-        cores_rate=3e-3,
-        draws=50,
-    ),
+    # chosen. So are the rates: with half of the steps both methods still learn (people: -12 % and -21 %).
+    "small": replace(_LAPTOP, generic=4, people=12, held_out=6, steps=12, tune_steps=40, draws=50),
     # For tests: every step happens, nothing is learned.
     "toy": Scale(
         datasets=2,

@@ -37,8 +37,8 @@ def measure(out: Path, config: Path, model: str, size: int) -> dict[str, Any]:
     from training.run import load_vggt, run
     from training.settings import parse
 
-    from demonstration.machine import cpu_name
     from demonstration.plan import VIEWS
+    from peft_attrsub._machine import cpu_name
     from peft_attrsub.scenes.generate import generate
     from peft_attrsub.scenes.sampling import AttributeRecipe
 

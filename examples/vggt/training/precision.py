@@ -54,9 +54,9 @@ def settle(train: TrainSettings, out: Path, accelerator: Accelerator, continued:
             # The other processes have what the first one chose: their devices might differ.
             if accelerator.is_main_process:
                 write_atomically(path, (json.dumps(chosen.record(), indent=1) + "\n").encode())
-        chosen = _read(path)
+        chosen = Precision.kept(path, None)
         return chosen, str(chosen)
-    kept = _read(path) if path.exists() else Precision(train.precision, "stored with the run", "unknown")
+    kept = Precision.kept(path, train.precision)
     return kept, keep_precision(kept, accelerator.device)
 
 
@@ -70,7 +70,3 @@ def _chosen(requested: str, accelerator: Accelerator) -> Precision:
             )
         return replace(chosen, name="fp32", why=f"{chosen.why}, but fp16 does not go with {kind}")
     return chosen
-
-
-def _read(path: Path) -> Precision:
-    return Precision.of(json.loads(path.read_text(encoding="utf-8")))
