@@ -26,6 +26,7 @@ from peft_attrsub.evaluation.skipping import SkippedError
 from peft_attrsub.vggt import VggtConfig, VggtModel, relative_to_first, vggt_targets
 from tests.datasets import world
 from tests.datasets.clearpose_files import write_root
+from tests.examples.training_tools import fake_cpu
 
 pytest.importorskip("scipy", reason="nearest neighbours need scipy")
 pytest.importorskip("PIL", reason="pictures need Pillow")
@@ -217,12 +218,7 @@ def test_a_precision_is_chosen_once_and_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    from peft_attrsub.vggt import precision
-
-    monkeypatch.setattr(precision, "slowdown", lambda device, name: 0.5)
-    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
-        monkeypatch.delenv(variable, raising=False)
-    machines = {"bf16": {"avx512_bf16": True}, "fp32": {}}
+    machines = {"bf16": ["avx512_bf16"], "fp32": []}
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     read, numbers = RenderedDataset.read, {}
 
@@ -235,14 +231,14 @@ def test_a_precision_is_chosen_once_and_kept(
         for option, name in (("auto", auto), ("fp32", "fp32"), ("bfloat16", "bf16")):
             out = tmp_path / f"{auto}-{option}"
             run = arguments(people, model, out)
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda auto=auto: machines[auto], raising=False)
+            fake_cpu(monkeypatch, *machines[auto])
             flag = "--dtype" if option == "bfloat16" else "--precision"  # its older name
             with monkeypatch.context() as patch:
                 patch.setattr(RenderedDataset, "read", interrupted)
                 assert script.main([*run, flag, option]) == 130
             assert f"precision {name}: " in capsys.readouterr().err
             # Another machine goes on in the same precision, and says so where it would choose another.
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda other=other: machines[other])
+            fake_cpu(monkeypatch, *machines[other])
             if option == "fp32":
                 (out / "precision.json").unlink()  # as in an older version
             assert script.main([*run, "--precision", names[other if name == auto else auto]]) == 2

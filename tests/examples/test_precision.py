@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 
 from peft_attrsub.vggt import Precision, precision
 from tests.examples.test_finetune import CORES, arguments, base, log, same, scenes, script, weights
+from tests.examples.training_tools import fake_cpu
 
 from training import loop  # isort: skip  (on the path since test_finetune is imported)
 from training import precision as of_a_run  # isort: skip
@@ -23,14 +24,6 @@ from training import precision as of_a_run  # isort: skip
 # The fixtures of test_finetune.
 _ = (base, scenes, script)
 QUICK = (*CORES, "--steps", "4", "--eval-every", "0", "--eval-share", "0")
-
-
-def machine(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    """A CPU of which torch reports these flags, and no cap in the environment."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
-    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(precision, "slowdown", lambda device, name: 7.3)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -57,7 +50,7 @@ def test_auto_is_said_stored_and_kept_on_another_machine(
     name: str,
 ) -> None:
     out, command = tmp_path / "run", lambda *more: arguments(scenes, base, tmp_path / "run", *QUICK, *more)
-    machine(monkeypatch, *flags)
+    fake_cpu(monkeypatch, *flags, slowdown=7.3)
     with monkeypatch.context() as patch:
         stop_at(patch, 1)
         assert script.main(command()) == 128 + signal.SIGTERM
@@ -69,7 +62,7 @@ def test_auto_is_said_stored_and_kept_on_another_machine(
 
     # Another machine; auto keeps what there is, another precision is refused, the stored one is not.
     other = "fp32" if name == "bf16" else "bf16"
-    machine(monkeypatch, *(() if flags else ("avx512_bf16",)))
+    fake_cpu(monkeypatch, *(() if flags else ("avx512_bf16",)), slowdown=7.3)
     assert script.main(command("--precision", other)) == 2
     assert f"holds a run with precision = '{name}', and this one has '{other}'" in capsys.readouterr().err
     with monkeypatch.context() as patch:
@@ -90,7 +83,7 @@ def test_auto_is_said_stored_and_kept_on_another_machine(
 def test_a_run_of_an_older_version_is_continued_in_its_precision(
     script: ModuleType, scenes: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(monkeypatch, "avx512_bf16")
+    fake_cpu(monkeypatch, "avx512_bf16", slowdown=7.3)
     runs = []
     for folder in ("old", "new"):
         (tmp_path / folder).mkdir()

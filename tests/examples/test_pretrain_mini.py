@@ -20,7 +20,7 @@ from peft_attrsub.vggt import shipped as shipped_module
 from peft_attrsub.vggt.batch import normalise_scene
 from peft_attrsub.vggt.blocks import rope_tables, rotate
 
-from .training_tools import FOLDER, on_path
+from .training_tools import FOLDER, fake_cpu, on_path
 
 SCRIPT = FOLDER / "pretrain_mini.py"
 TOY = ["--toy", "--scenes", "8", "--held-out", "3"]
@@ -108,13 +108,8 @@ def test_a_precision_is_chosen_once_and_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    from peft_attrsub.vggt import precision
-
-    monkeypatch.setattr(precision, "slowdown", lambda device, name: 0.5)
-    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
-        monkeypatch.delenv(variable, raising=False)
-    for flags, auto, other in (({}, "fp32", "bf16"), ({"avx512_bf16": True}, "bf16", "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+    for flags, auto, other in (([], "fp32", "bf16"), (["avx512_bf16"], "bf16", "fp32")):
+        fake_cpu(monkeypatch, *flags)
         for requested, name in (("auto", auto), ("float32", "fp32"), ("fp16", "fp16")):
             out = tmp_path / f"{auto}-{requested}"
             out.mkdir()
@@ -124,14 +119,14 @@ def test_a_precision_is_chosen_once_and_kept(
             assert f"precision {name}" in capsys.readouterr().err
             assert state(out)["precision"]["precision"] == name
             assert (state(out)["scaler"] != {}) == (name == "fp16")
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: {"avx512_bf16": not flags})
+            fake_cpu(monkeypatch, *([] if flags else ["avx512_bf16"]))
             assert script.main([*run, "--steps", "4"]) == 0
             kept = f"precision {auto} is kept from the start of this run; auto would choose {other}"
             assert (kept in capsys.readouterr().err) == (requested == "auto")
             assert (state(out)["precision"]["precision"], state(out)["step"]) == (name, 4)
             assert script.main([*run, "--precision", "bf16" if name != "bf16" else "fp32"]) == 2
             assert f"is of a run with precision='{name}'" in capsys.readouterr().err
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+            fake_cpu(monkeypatch, *flags)
     # A checkpoint of an older version has no record: it is of bf16.
     old = state(out)
     del old["precision"], old["scaler"]

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from peft_attrsub.vggt import VggtConfig, VggtModel
+from peft_attrsub.vggt import VggtConfig, VggtModel, precision
 
 FOLDER = Path(__file__).parents[2] / "examples" / "vggt"
 
@@ -53,3 +54,11 @@ def random_batch(seed: int, scenes: int = 1, views: int = 2, size: tuple[int, in
         "intrinsics": k.expand(scenes, views, 3, 3).clone(),
         "seq_name": [f"random-{seed}-{index}" for index in range(scenes)],
     }
+
+
+def fake_cpu(monkeypatch: pytest.MonkeyPatch, *flags: str, slowdown: float = 0.5) -> None:
+    """A CPU of which torch reports these flags, no cap in the environment, and this slowdown of what it emulates."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(precision, "slowdown", lambda device, name: slowdown)
