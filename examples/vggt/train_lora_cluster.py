@@ -117,7 +117,7 @@ def train_all(chosen: dict[str, Path], out: Path, settings: tuple[Any, Any, Any]
         # Heads that are trained in full cannot be taken off a base again.
         if vggt is None or model.heads == "full":
             vggt = load_vggt(model)
-            base = identify(vggt, model.model, model.random_weights)
+            base = base or identify(vggt, model.model, model.random_weights)
         place = out / RUNS / name
         done = run(
             model, replace(data, data=str(folder)), replace(train, out=str(place)), vggt=vggt, base=base, tags=tags
