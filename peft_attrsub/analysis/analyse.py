@@ -133,12 +133,13 @@ def _module(basis: Basis, name: str, at: Place) -> dict[str, Any]:
 def _spectrum(basis: Basis, module: str, attribute: str, table: Sequence[AdapterRecord]) -> dict[str, Any]:
     dim = basis.dim(module, attribute)
     mined = any(one.attribute == attribute for one in table)
-    values = basis.spectrum(module, attribute)[0] if mined else basis.factors(module, attribute)[1]
+    first, values = basis.spectrum(module, attribute) if mined else (None, basis.factors(module, attribute)[1])
     record: dict[str, Any] = {
         "module": module,
         "attribute": attribute,
         "dim": dim,
         "singular_values": values,
+        "first_singular_values": [] if first is None else first,
         "largest": values[0] if values.numel() else None,
         **dict.fromkeys(("rank", "pattern", "gap", "suggested_dim", "energy_at_dim", "energy_at_suggested")),
         "captured_energy": None,

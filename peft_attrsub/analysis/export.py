@@ -54,6 +54,7 @@ def rows(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         where = {"module": one["module"], **places[one["module"]], "attribute": one["attribute"]}
         yield from ({"quantity": q, **where, "value": one[q]} for q in _PER_SPECTRUM if one[q] is not None)
         yield from _indexed("singular_value", where, one["singular_values"])
+        yield from _indexed("first_singular_value", where, one["first_singular_values"])
         yield from ({"quantity": "drop", **where, "index": d["index"], "value": d["factor"]} for d in one["drops"])
         for quantity, key in _PER_ADAPTER:
             for adapter, value in zip(sources.get(one["attribute"], []), one[key], strict=False):

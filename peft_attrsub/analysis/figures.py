@@ -2,7 +2,8 @@
 
 | file         | what                                                                                  |
 |--------------|---------------------------------------------------------------------------------------|
-| spectra.png  | singular values of C, one line per layer; kinds as columns, attributes as rows          |
+| spectra.png  | singular values of C, one line per layer, faint: those of the plain mean, as the paper  |
+|              | shows them; kinds as columns, attributes as rows                                        |
 | largest.png  | largest singular value by depth, one line per attribute; a panel per kind               |
 | patterns.png | pattern of every module, layer x kind; a panel per attribute                            |
 | overlap.png  | median smallest eigenvalue of every two attributes beside the random null, both sides   |
@@ -90,8 +91,10 @@ def _spectra(figure: Any, record: Record) -> None:
     for row, attribute in zip(axes, attributes, strict=True):
         for axis, kind in zip(row, kinds, strict=True):
             for depth, one in _rows(record, kind, attribute):
-                values = [value for value in one["singular_values"] if value > 0]
-                axis.plot(range(1, len(values) + 1), values, lw=0.7, color=colormaps["viridis"](scale(depth)))
+                color = colormaps["viridis"](scale(depth))
+                for part, look in (("first_singular_values", {"alpha": 0.25}), ("singular_values", {})):
+                    values = [value for value in one[part] if value > 0]
+                    axis.plot(range(1, len(values) + 1), values, lw=0.7, color=color, **look)
                 axis.axvline(one["dim"], color="0.6", lw=0.5, ls="--")
             axis.set_yscale("log")
             axis.tick_params(labelsize=6)

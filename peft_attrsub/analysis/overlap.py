@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..basis import BasisError
 
@@ -46,12 +46,17 @@ class Null:
 def orthonormal(columns: Tensor, tolerance: float = 1e-12) -> Tensor:
     """Orthonormal basis (n x r) of the column space of `columns` (n x d), r its rank.
 
-    Columns whose Gram matrix is within `tolerance` of the identity are returned as they are.
+    Columns whose Gram matrix is within `tolerance` of the identity are returned as they are. The length of a column
+    does not matter: a short one spans its direction as a long one does.
     """
     gram = columns.T @ columns
     if float((gram - torch.eye(gram.shape[0], dtype=gram.dtype)).abs().max()) < tolerance:
         return columns
-    u, s, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    wide = columns.double()
+    # By the largest entry first: squares of very long or very short columns leave the range of float64.
+    wide = wide / wide.abs().amax(0).clamp_min(torch.finfo(wide.dtype).tiny)
+    wide = nn.functional.normalize(wide, dim=0)
+    u, s, _ = torch.linalg.svd(wide, full_matrices=False)
     return u[:, s > _RANK_TOLERANCE * s[0]].to(columns.dtype)
 
 

@@ -1,7 +1,8 @@
 """Spectra of C: where they drop, which of the paper's patterns that makes, how many directions it suggests.
 
 C = sum_i w_i dW_i / sum_i w_i is the weighted mean of an attribute's updates, its singular values are
-s_1 >= s_2 >= ... (paper, section 3.3; method.md section 3 for the patterns).
+s_1 >= s_2 >= ... (paper, section 3.3; method.md section 3 for the patterns). The weights are the final ones: the paper
+shows the plain mean of the first iteration, in which an adapter that the mining mutes still has its full say.
 """
 
 from __future__ import annotations

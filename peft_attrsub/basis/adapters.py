@@ -24,7 +24,7 @@ from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_sha256
 from .hub import fetch
 from .identity import BaseIdentity, adapter_base
 from .layout import ModuleLayout
-from .naming import OUTPUTS, natural_key, some, strip_peft_prefix
+from .naming import OUTPUTS, natural_key, saved_names, some, strip_peft_prefix
 from .tensor_file import TensorFile
 
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
@@ -60,6 +60,15 @@ class LoraEntry:
 
 class _Unusable(Exception):
     """This module's LoRA is no low-rank matrix."""
+
+
+def refuse_pickle(folder: Path, source: str) -> None:
+    """Raise BasisError if the only weights of an adapter folder are a pickle, which can run code when it is read."""
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise BasisError(
+            f"adapter {source!r} is saved as a pickle (adapter_model.bin), which is not loaded because it "
+            "can run code: load it with PEFT and save it again as safetensors."
+        )
 
 
 def _finite(x: Tensor) -> bool:
@@ -187,11 +196,7 @@ class LoraAdapter:
     def _check_weights(self, folder: Path) -> None:
         if self.path.is_file():
             return
-        if (folder / "adapter_model.bin").is_file():
-            raise BasisError(
-                f"adapter {self.source!r} is saved as a pickle (adapter_model.bin), which is not loaded because it "
-                "can run code: load it with PEFT and save it again as safetensors."
-            )
+        refuse_pickle(folder, self.source)
         raise BasisError(f"adapter {self.source!r} has no {WEIGHTS}.")
 
     def _index(self) -> dict[str, LoraEntry]:
@@ -200,18 +205,24 @@ class LoraAdapter:
         keys = set(shapes)
         if any("lora_magnitude_vector" in key for key in keys):
             raise BasisError(f"adapter {self.source!r} uses use_dora: {_REFUSED['use_dora']}.")
-        entries = {}
+        found = {}
         for key in sorted(keys, key=natural_key):
-            for ending, (partner, embedding) in _PAIRS.items():
+            for ending in _PAIRS:
                 if key.endswith(ending):
-                    stem = key.removesuffix(ending)
-                    if stem + partner not in keys:
-                        raise BasisError(f"adapter {self.source!r} has {key!r} but lacks {stem + partner!r}.")
-                    name = strip_peft_prefix(stem)
-                    try:
-                        entries[name] = self._entry(name, key, stem + partner, shapes, embedding)
-                    except _Unusable as reason:
-                        self.unusable[name] = str(reason)
+                    found[key.removesuffix(ending)] = ending
+        try:
+            names = saved_names(found)
+        except BasisError as error:
+            raise BasisError(f"adapter {self.source!r}: {error}") from error
+        entries = {}
+        for stem, ending in found.items():
+            key, name, (partner, embedding) = stem + ending, names[stem], _PAIRS[ending]
+            if stem + partner not in keys:
+                raise BasisError(f"adapter {self.source!r} has {key!r} but lacks {stem + partner!r}.")
+            try:
+                entries[name] = self._entry(name, key, stem + partner, shapes, embedding)
+            except _Unusable as reason:
+                self.unusable[name] = str(reason)
         if not entries and self.unusable:
             raise BasisError(next(iter(self.unusable.values())))
         if not entries:
@@ -236,20 +247,26 @@ class LoraAdapter:
                 f"adapter {self.source!r}, module {name!r}: factors {shape_a} and {shape_b} belong to a grouped "
                 "convolution, whose LoRA is not one low-rank matrix; leave the module out with modules=."
             )
-        expected = self._by_pattern("rank_pattern", name, self.config.get("r", rank))
+        # The patterns were written for the names that the model had when the adapter was trained.
+        trained = strip_peft_prefix(key_a.removesuffix(".lora_embedding_A" if embedding else ".lora_A.weight"))
+        expected = self._by_pattern("rank_pattern", (trained, name), self.config.get("r", rank))
         if expected != rank:
             raise BasisError(
                 f"adapter {self.source!r}, module {name!r} has rank {rank} in the file but {expected} in {CONFIG}."
             )
-        alpha = self._by_pattern("alpha_pattern", name, self.config.get("lora_alpha", rank))
+        alpha = self._by_pattern("alpha_pattern", (trained, name), self.config.get("lora_alpha", rank))
         scaling = alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
         return LoraEntry(key_a, key_b, rank, scaling, ModuleLayout.from_lora(shape_a, shape_b, embedding))
 
-    def _by_pattern(self, key: str, name: str, default: Any) -> Any:
-        """A module's entry in rank_pattern or alpha_pattern, matched by PEFT; few adapters have any."""
+    def _by_pattern(self, key: str, names: tuple[str, ...], default: Any) -> Any:
+        """A module's entry in rank_pattern or alpha_pattern, matched by PEFT; few adapters have any.
+
+        names: of the module, the first one with an entry counts.
+        """
         pattern = self.config.get(key)
         if not pattern:
             return default
         from peft.utils.other import get_pattern_key  # costs more than all of this room
 
-        return pattern.get(get_pattern_key(list(pattern), name), default)
+        keys = (get_pattern_key(list(pattern), name) for name in names)
+        return next((pattern[found] for found in keys if found in pattern), default)

@@ -6,18 +6,17 @@
 | importance          | floor(d * ER_l / mean ER), at least 1, then topped up so that the sum is d * L  |
 | importance-literal  | d * floor(ER_l / mean ER), as printed: 0 for every module below the mean        |
 | energy, energy:0.95 | smallest j with sum_{i<=j} s_i^2 >= share * sum s_i^2 (0.9), at most d          |
-| gap                 | the j <= d with the largest drop log s_j - log s_{j+1}                        |
+| gap                 | the j <= d with the largest drop log s_j - log s_{j+1} above the noise floor   |
 
-ER = (|W|_F / |W|_2)^2 is the effective rank, s the singular values of C at the first iteration. W is the
-base weight where the base model is at hand, else C itself.
+ER = (|W|_F / |W|_2)^2 is the effective rank, s the singular values of C with the final weights of the adapters, so
+that an adapter which the mining mutes has no say. W is the base weight where the base model is at hand, else C itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import floor
+from math import floor, log
 
-import torch
 from torch import Tensor
 
 from .errors import BasisError
@@ -26,6 +25,8 @@ _RULES = ("uniform", "importance", "importance-literal", "energy", "gap")
 _DEFAULT_SHARE = 0.9
 # Singular values below this share of the largest are rounding, not spectrum.
 _NOISE = 1e-6
+# A fall by less is no drop where the spectrum also falls to the noise floor.
+_LEAST_DROP = 2.0
 
 
 def parse_rule(allocation: str) -> tuple[str, float]:
@@ -61,14 +62,18 @@ def by_energy(share: float, dim: int) -> Callable[[Tensor], int]:
 
 
 def by_gap(dim: int) -> Callable[[Tensor], int]:
-    """The rule "gap" as a function of C's spectrum."""
+    """The rule "gap" as a function of C's spectrum.
+
+    Values under 1e-6 of the largest are rounding: the noise floor. The fall to it, or past the last value, is no drop
+    of the spectrum. It counts where nothing above it falls by a factor of 2 or more: then all of it is kept.
+    """
 
     def rule(spectrum: Tensor) -> int:
-        floor_value = _NOISE * float(spectrum[0])
-        logs = spectrum.double().clamp_min(floor_value).log()
-        # Past the last singular value comes nothing: a full drop to the noise floor.
-        logs = torch.cat([logs, logs.new_tensor([floor_value]).log()])
-        drops = logs[:-1] - logs[1:]
+        values = spectrum.double()
+        values = values[values > _NOISE * float(values[0])]
+        drops = -values.log().diff()
+        if values.shape[0] <= dim and not (drops[:dim] >= log(_LEAST_DROP)).any():
+            return values.shape[0]
         return int(drops[:dim].argmax()) + 1
 
     return rule

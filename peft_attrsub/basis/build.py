@@ -19,10 +19,11 @@ from .basis import Basis
 from .config import AttributeRecord, SourceRecord
 from .errors import BasisError
 from .forms import Updates, stack_updates
-from .irls import Dimension, IrlsSettings, SharedSubspace, first_spectrum, mine_updates
+from .irls import Dimension, IrlsSettings, SharedSubspace, last_spectrum, mine_updates
 from .layout import ModuleLayout
 from .naming import check_attribute
 from .processes import gather, process_share
+from .roll_call import roll_call
 from .sources import common_base, common_base_model, common_modules
 from .storage import stored_dtype
 from .weights import weight_spectrum
@@ -74,6 +75,9 @@ def build_basis(
             adapters share.
         progress: show a bar, where standard error is a terminal.
 
+    Of two adapters with the same tensors, one attribute takes one; adapters that were never trained are left out
+    with a warning, near-copies are warned of (see `roll_call`).
+
     Adapters that record their base weights (see `identity`) must agree on them, and the basis records them too.
 
     Under `accelerate launch` the modules are split over the processes, and every process returns the whole.
@@ -83,12 +87,15 @@ def build_basis(
     """
     settings = _checked(dim, alpha, eps, max_iter, tol, dtype)
     rule, share = parse_rule(allocation)
-    opened = _open(adapters)
-    flat = [adapter for row in opened.values() for adapter in row]
-    base = common_base(flat)
-    name = common_base_model(flat, base_model if isinstance(base_model, str) else None)
+    given = _open(adapters)
+    everyone = [adapter for row in given.values() for adapter in row]
+    base = common_base(everyone)
+    name = common_base_model(everyone, base_model if isinstance(base_model, str) else None)
     if isinstance(base_model, nn.Module):
         name = name or getattr(base_model, "name_or_path", None) or None
+    called = roll_call(given)
+    opened = called.trained
+    flat = [adapter for row in opened.values() for adapter in row]
     layouts = common_modules(flat, modules, on_missing)
     job = _Job(opened, layouts, settings, _device(device), progress)
     dims: dict[str, Mapping[str, Dimension]] = {}
@@ -98,7 +105,7 @@ def build_basis(
         by_weight = {m: effective_rank(weight_spectrum(base_model, m)) for m in layouts}
     for attribute in opened:
         if rule in ("importance", "importance-literal"):
-            ranks = job.effective_ranks(attribute) if by_weight is None else by_weight
+            ranks = job.effective_ranks(attribute, dim) if by_weight is None else by_weight
             dims[attribute] = by_importance(ranks, job.limits(attribute), dim, rule == "importance-literal")
         else:
             rules: dict[str, Dimension] = {
@@ -125,6 +132,7 @@ def build_basis(
                 name=attribute,
                 kind="adapters",
                 sources=sources,
+                untrained=[adapter.public_name for adapter in called.untrained[attribute]],
                 dim=dim,
                 allocation=allocation,
                 alpha=alpha,
@@ -161,9 +169,9 @@ class _Job:
         found = self._each(attribute, one, f"mining {attribute}", sources)
         return found, sources
 
-    def effective_ranks(self, attribute: str) -> dict[str, float]:
+    def effective_ranks(self, attribute: str, dim: int) -> dict[str, float]:
         def of_update(module: str, updates: Updates) -> float:
-            return effective_rank(first_spectrum(updates))
+            return effective_rank(last_spectrum(updates, dim, self.settings))
 
         return self._each(attribute, of_update, f"ranks of {attribute}")
 

@@ -108,6 +108,10 @@ def _origin(basis: Basis) -> str:
         lines += [
             f"| {a} | {_plain(s.id)} | {_plain(s.revision or '-')} | {(s.sha256 or '-')[:16]} |" for a, s in sources
         ]
+    for record in basis.config.attributes:
+        if record.untrained:
+            listing = ", ".join(map(_plain, record.untrained))
+            lines += ["", f"Left out of {record.name}, because they were never trained: {listing}."]
     return "\n".join([*lines, ""])
 
 

@@ -33,14 +33,16 @@ class AttributeRecord:
     """How one attribute's subspaces came about.
 
     kind: "adapters" (mined), "psv", "random" or "factors" (given in memory). sources: the adapters in the
-    order of the weight tensors. dim, allocation, alpha, eps, max_iter, tol: the settings of `build_basis`.
-    iterations: of IRLS, by module. hashes: of U, S, V by module, one sha256 for every 16 directions;
-    record_hashes: one for the spectra, weights, residuals and energies.
+    order of the weight tensors. untrained: adapters that were given too and left out, because they were never
+    trained. dim, allocation, alpha, eps, max_iter, tol: the settings of `build_basis`. iterations: of IRLS, by
+    module. hashes: of U, S, V by module, one sha256 for every 16 directions; record_hashes: one for the spectra,
+    weights, residuals and energies.
     """
 
     name: str
     kind: str = "factors"
     sources: list[SourceRecord] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
     dim: int | None = None
     allocation: str | None = None
     alpha: float | None = None

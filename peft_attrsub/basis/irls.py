@@ -74,7 +74,7 @@ def shared_subspace(
 
     Args:
         left: k tensors P_i (n x r_i), the scaling already in them. right: k tensors Q_i (m x r_i).
-        dim: number of directions, or a rule that maps C's first spectrum to one.
+        dim: number of directions, or a rule that maps C's final spectrum to one.
         settings: alpha, eps, max_iter, tol.
     """
     return mine_updates(_stack(left, right), dim, settings or IrlsSettings())
@@ -82,13 +82,23 @@ def shared_subspace(
 
 def mine_updates(updates: Updates, dim: Dimension, settings: IrlsSettings) -> SharedSubspace:
     """`shared_subspace` of updates that are stacked already."""
-    return _reweight(form_of(updates), dim, settings)
-
-
-def first_spectrum(updates: Updates) -> Tensor:
-    """Singular values of the plain mean C = sum_i dW_i / k, before any reweighting."""
     form = form_of(updates)
-    return form.spectrum(torch.full_like(form.norms, 1 / len(updates.slices)))
+    if not callable(dim):
+        return _reweight(form, dim, settings)
+    if not form.norms.any():
+        return _empty(form, form.norms.numel())
+    # The rule reads the C whose outliers are muted; how much they are depends on the dim: to and fro until it holds.
+    tried: dict[int, SharedSubspace] = {}
+    d = dim(form.spectrum(torch.full_like(form.norms, 1 / form.norms.numel())))
+    while d not in tried:
+        tried[d] = _reweight(form, d, settings)
+        d = dim(tried[d].last)
+    return tried[d]
+
+
+def last_spectrum(updates: Updates, dim: int, settings: IrlsSettings) -> Tensor:
+    """Singular values of the weighted mean C after the last iteration, with a subspace of `dim` directions."""
+    return mine_updates(updates, dim, settings).last
 
 
 def _stack(left: list[Tensor], right: list[Tensor]) -> Updates:
@@ -96,7 +106,7 @@ def _stack(left: list[Tensor], right: list[Tensor]) -> Updates:
     return stack_updates(zip(left, right, strict=True), shape, [p.shape[1] for p in left], left[0].device)
 
 
-def _reweight(form: Form, dim: Dimension, settings: IrlsSettings) -> SharedSubspace:
+def _reweight(form: Form, d: int, settings: IrlsSettings) -> SharedSubspace:
     norms = form.norms  # [k]
     k, positive = norms.numel(), norms[norms > 0]
     if not positive.numel():
@@ -104,7 +114,6 @@ def _reweight(form: Form, dim: Dimension, settings: IrlsSettings) -> SharedSubsp
     unit = positive.median()
     weights = torch.ones_like(norms)
     first = form.spectrum(weights / k)
-    d = dim(first) if callable(dim) else dim
     best: tuple[Triplet, tuple[Tensor, Tensor], Tensor, Tensor] | None = None
     objective: list[float] = []
     for _ in range(settings.max_iter):

@@ -11,6 +11,8 @@ from .errors import BasisError
 _ATTRIBUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Under which PEFT saves the modules of a model.
 PEFT_PREFIX = "base_model.model."
+#: What torch.compile, FullyShardedDataParallel and activation checkpointing call the module inside of them.
+WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 #: Folders that examples/vggt/finetune.py makes in every run. The same as `evaluation.labels.OUTPUTS`: rooms do not
 #: import each other, and a test compares the two.
 OUTPUTS = ("adapter", "best", "model")
@@ -38,6 +40,37 @@ def strip_peft_prefix(key: str) -> str:
         if key.startswith(prefix):
             return key.removeprefix(prefix)
     return key
+
+
+def base_name(name: str) -> str:
+    """The name of a module or tensor without its wrappers: `layers.0._orig_mod.q` is `layers.0.q`.
+
+    DistributedDataParallel calls the module inside of it `module`, as many base models do: see `saved_names` for
+    names in a file, and `peft_attrsub.tuner.names` for those of a model.
+    """
+    parts = name.split(".")
+    return name if WRAPPED.isdisjoint(parts) else ".".join(part for part in parts if part not in WRAPPED)
+
+
+def saved_names(stems: Iterable[str]) -> dict[str, str]:
+    """stem -> name of the module in the base model, for the modules of one adapter file.
+
+    PEFT's prefix and wrappers are removed, and so is a leading `module.` that all of them have: it comes from
+    DistributedDataParallel, or says nothing. Raises BasisError where two stems are the same module.
+    """
+    names = {}
+    for stem in stems:
+        name = base_name(stem)
+        while name.startswith(f"module.{PEFT_PREFIX}"):
+            name = name.removeprefix("module.")
+        names[stem] = strip_peft_prefix(name)
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {stem: name.removeprefix("module.") for stem, name in names.items()}
+    first: dict[str, str] = {}
+    for stem, name in names.items():
+        if first.setdefault(name, stem) != stem:
+            raise BasisError(f"{first[name]!r} and {stem!r} are the same module {name!r}: remove one of them.")
+    return names
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:

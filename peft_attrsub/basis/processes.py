@@ -28,6 +28,11 @@ def process_share(items: list[str]) -> tuple[list[str], bool]:
     return items[state.process_index :: state.num_processes], state.is_main_process
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks."""
+    return process_share([])[1]
+
+
 def gather(found: dict[str, Any], failure: BasisError | None) -> dict[str, Any]:
     """The results of all processes, in every process; the failure of one ends all of them alike."""
     if not _launched():

@@ -26,7 +26,7 @@ def psv_basis(model: nn.Module, dim: int = 16, modules: Modules = None) -> Basis
             target_modules; None or "all-linear": every linear module.
     """
     chosen = _chosen(model, dim, modules)
-    found = {name: principal_svd(_matrix(module), dim) for name, module in chosen.items()}
+    found = {name: principal_svd(_matrix(module, name), dim) for name, module in chosen.items()}
     return _from_weights("psv", found, chosen, AttributeRecord("psv", kind="psv", dim=dim), model)
 
 
@@ -55,7 +55,7 @@ def weight_spectrum(model: nn.Module, name: str) -> Tensor:
         module = model.get_submodule(name)
     except AttributeError as error:
         raise BasisError(f"base_model has no module {name!r}, which the adapters adapt.") from error
-    w = _matrix(module).double()
+    w = _matrix(module, name).double()
     gram = w @ w.T if w.shape[0] < w.shape[1] else w.T @ w
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
 
@@ -68,11 +68,29 @@ def layout_of(module: nn.Module, name: str) -> ModuleLayout:
     return layout
 
 
-def _matrix(module: nn.Module) -> Tensor:
+def holds_values(dtype: torch.dtype) -> bool:
+    """Whether a weight of this dtype holds its values: integers and 8-bit floats are codes, scaled by their layer."""
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
+
+
+def dequantises_itself(weight: object) -> bool:
+    """Whether a weight is a tensor of a quantisation library that can give its values as an ordinary tensor."""
+    return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
+
+
+def _matrix(module: nn.Module, name: str) -> Tensor:
     from transformers.pytorch_utils import Conv1D
 
-    layout = layout_of(module, type(module).__name__)
-    return layout.as_matrix(module.get_parameter("weight").detach(), fan_in_fan_out=isinstance(module, Conv1D))
+    layout, weight = layout_of(module, name), module.weight
+    if dequantises_itself(weight):
+        weight = weight.dequantize()  # type: ignore[operator]
+    if not isinstance(weight, Tensor) or not holds_values(weight.dtype):
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise BasisError(
+            f"the weight of module {name!r} is quantised ({kind}), and only its {type(module).__name__} can read it: "
+            "make the basis from the model before it was quantised."
+        )
+    return layout.as_matrix(weight.detach(), fan_in_fan_out=isinstance(module, Conv1D))
 
 
 def _chosen(model: nn.Module, dim: int, modules: Modules) -> dict[str, nn.Module]:

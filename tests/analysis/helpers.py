@@ -9,7 +9,7 @@ import statistics
 import torch
 
 from peft_attrsub import Basis
-from tests.basis.helpers import SHAPES, orthonormal
+from tests.basis.helpers import SHAPES, orthonormal, refactored
 
 
 def planted(n, m, rows, seed=0, module="blocks.0.fc"):
@@ -24,7 +24,8 @@ def planted(n, m, rows, seed=0, module="blocks.0.fc"):
     adapters = []
     for row in rows:
         index, strength = list(row), torch.tensor(list(row.values()), dtype=torch.float64)
-        adapters.append({module: (u[:, index] * strength, v[:, index].T)})
+        # Other factors for every adapter: equal rows are then no copies.
+        adapters.append(refactored({module: (u[:, index] * strength, v[:, index].T)}, len(adapters)))
     return adapters
 
 

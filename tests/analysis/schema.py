@@ -34,6 +34,7 @@ SCHEMA = {
     "modules": [{"name": str, "depth": Maybe(WHOLE), "stack": str, "kind": str, "n": WHOLE, "m": WHOLE}],
     "spectra": [{
         "module": str, "attribute": str, "rank": Maybe(WHOLE), "dim": WHOLE, "singular_values": [NUMBER],
+        "first_singular_values": [NUMBER],
         "drops": [{"index": WHOLE, "factor": NUMBER}], "pattern": Maybe(str), "gap": Maybe(NUMBER),
         "suggested_dim": Maybe(WHOLE), "energy_at_dim": Maybe(NUMBER), "energy_at_suggested": Maybe(NUMBER),
         "captured_energy": Maybe(NUMBER), "largest": Maybe(NUMBER), "weights": [NUMBER], "residuals": [NUMBER],

@@ -157,6 +157,7 @@ def _spectrum(
         "rank": rank,
         "dim": dim,
         "singular_values": [float(f"{v:.6g}") for v in values],
+        "first_singular_values": [float(f"{v:.6g}") for v in values * 1.1],
         "drops": [{"index": index, "factor": factors[index]} for index in at],
         "pattern": pattern,
         "gap": max(factors.values(), default=2.1),
@@ -177,6 +178,7 @@ def _not_mined(values: list[float]) -> dict[str, Any]:
     left: dict[str, Any] = dict.fromkeys(unknown)
     return left | {
         "singular_values": values,
+        "first_singular_values": [],
         "largest": values[0] if values else None,
         "drops": [],
         "weights": [],

@@ -47,6 +47,15 @@ def pairs_of_columns(draw_one):
     return s, scale * t
 
 
+@st.composite
+def pairs_of_uneven_columns(draw_one):
+    """The same, with columns of any length; and as they were, for the dense form."""
+    s, t = draw_one(pairs_of_columns())
+    powers = [draw_one(st.lists(st.floats(-150, 150), min_size=x.shape[1], max_size=x.shape[1])) for x in (s, t)]
+    lengths = [10.0 ** torch.tensor(each, dtype=torch.float64) for each in powers]
+    return (s, t), (s * lengths[0], t * lengths[1])
+
+
 @given(pairs_of_columns())
 @settings(max_examples=200)
 def test_eigenvalues_are_those_of_the_dense_problem(pair):
@@ -54,6 +63,15 @@ def test_eigenvalues_are_those_of_the_dense_problem(pair):
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert (found.diff() >= 0).all() and found[0] >= 0 and found[-1] <= 2
+
+
+@given(pairs_of_uneven_columns())
+@settings(max_examples=200)
+def test_the_length_of_a_column_does_not_matter(pair):
+    even, uneven = pair
+    found, expected = eigenvalues(*uneven), dense(*even)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_smallest_is_twice_the_squared_distance_of_the_paper():

@@ -32,6 +32,13 @@ def random_factors(shapes, rank, generator, scale=1.0):
     }
 
 
+def refactored(factors, seed):
+    """The same updates by other factors: (B R)(R^T A), R a random rotation. No copy of a file, but of what it does."""
+    generator = torch.Generator().manual_seed(seed)
+    rotations = {name: orthonormal(B.shape[1], B.shape[1], generator) for name, (B, _) in factors.items()}
+    return {name: (B @ rotations[name], rotations[name].T @ A) for name, (B, A) in factors.items()}
+
+
 def deltas(adapters, module):
     """The dense updates of several {module: (B, A)} adapters at one module."""
     return [B @ A for B, A in (a[module] for a in adapters)]

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_attrsub import BasisError, build_basis, psv_basis, random_basis
+from peft_attrsub.basis.allocation import by_gap
 from tests.reference import effective_rank, importance_literal, projector
 
 from .helpers import Zoo, orthonormal, save_lora
@@ -134,6 +135,49 @@ def test_gap(tmp_path):
     got = dims(mine(tmp_path, spectra, dim=4, allocation="gap"))
     assert got["drop_at_3"] == 3 and got["drop_at_1"] == 1 and 1 <= got["drop_beyond"] <= 4
     assert dims(mine(tmp_path, spectra, dim=7, allocation="gap"))["drop_beyond"] == 6
+
+
+@st.composite
+def planted(draw):
+    """A spectrum that drops once, after `dim` values, and then perhaps to rounding; and that dim."""
+    dim, tail, rounding = draw(st.integers(1, 8)), draw(st.integers(0, 20)), draw(st.integers(0, 8))
+    if not tail:
+        rounding = max(rounding, 1)  # else nothing falls at all
+    falls = [draw(st.floats(1.0, 1.9)) for _ in range(dim - 1)]
+    if tail:
+        falls += [draw(st.floats(3.0, 100.0)), *(draw(st.floats(1.0, 1.3)) for _ in range(tail - 1))]
+    values = [draw(st.sampled_from([1e-12, 1.0, 1e8]))]
+    for fall in falls:
+        values.append(values[-1] / fall)
+    noise = [values[0] * draw(st.floats(0, 1e-9)) for _ in range(rounding)]
+    return torch.tensor([*values, *sorted(noise, reverse=True)], dtype=torch.float64), dim
+
+
+@settings(max_examples=300, deadline=None)
+@given(planted(), st.integers(0, 40))
+def test_gap_finds_the_planted_dimension_for_every_dim_from_it_up(case, more):
+    spectrum, dim = case
+    assert by_gap(dim + more)(spectrum) == dim
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**20), planted=st.integers(1, 4), count=st.integers(1, 4), copy=st.booleans())
+def test_gap_on_adapters_that_share_a_subspace(tmp_path_factory, seed, planted, count, copy):
+    """3 adapters of rank 4 share `planted` directions; the same whatever dim allows, beyond the stacked rank too."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = orthonormal(40, planted, generator), orthonormal(30, planted, generator)
+    folder, rows = tmp_path_factory.mktemp("gap"), []
+    for _ in range(count):
+        noise = [0.02 * torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (40, 30)]
+        left, right = (torch.nn.functional.pad(x, (0, 4 - planted)) for x in (u, v))
+        rows.append({"m": (left + noise[0] / 40**0.5, (right + noise[1] / 30**0.5).T)})
+    if copy:  # equal spans: the last values of the stack are rounding
+        rows.append({"m": (1.5 * rows[0]["m"][0], rows[0]["m"][1])})
+    paths = [save_lora(folder / str(i), row) for i, row in enumerate(rows)]
+    stacked = 4 * len(paths)
+    for dim in (planted, stacked - 1, stacked, stacked + 3):
+        if dim >= planted:
+            assert dims(build_basis(paths, dim=dim, allocation="gap", progress=False)) == {"m": planted}
 
 
 @pytest.mark.parametrize("rule", ["energy:0", "energy:1.5", "energy:x", "uniform:0.5", "Importance"])

@@ -108,7 +108,7 @@ def test_adapters_of_two_bases_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_same_weights_may_have_two_names(tmp_path: Path) -> None:
     names = {"one": "/models/vggt", "two": "facebook/VGGT-1B"}
-    pair = [adapter(tmp_path / key, TRAINED, base_model=name) for key, name in names.items()]
+    pair = [adapter(tmp_path / key, TRAINED, i, base_model=name) for i, (key, name) in enumerate(names.items())]
     assert build_basis(pair, dim=2, progress=False).config.base == TRAINED
     pair[1] = adapter(tmp_path / "three", None, base_model="facebook/VGGT-1B")
     with pytest.raises(BasisError, match="different base models"):

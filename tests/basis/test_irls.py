@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from peft_attrsub import build_basis
 from tests.reference import irls_dense, largest_angle, objective, projector
 
-from .helpers import SHAPES, deltas, low_rank, orthonormal, random_factors, save_many
+from .helpers import SHAPES, deltas, low_rank, orthonormal, random_factors, refactored, save_many
 
 EXACT = {"tol": 1e-12, "max_iter": 200}  # both sides iterate to the fixed point, so stopping cannot differ
 
@@ -210,7 +210,7 @@ def test_one_adapter_wider_than_the_basis(tmp_path):
 def test_identical_adapters_meet_a_zero_residual(tmp_path):
     """Residual 0 in every adapter: eps alone keeps the weights finite and equal."""
     adapter = random_factors(SHAPES, 3, torch.Generator().manual_seed(9))
-    basis = build_basis(save_many(tmp_path, [adapter] * 4), dim=3, progress=False)
+    basis = build_basis(save_many(tmp_path, [refactored(adapter, i) for i in range(4)]), dim=3, progress=False)
     for module, (B, A) in adapter.items():
         weights = basis.weights(module, "shared")
         assert torch.isfinite(weights).all() and (weights > 0).all()

@@ -11,7 +11,7 @@ from peft_attrsub import build_basis
 from peft_attrsub.basis.irls import shared_subspace
 from tests.reference import irls_dense, objective
 
-from .helpers import deltas, low_rank, orthonormal, random_factors, save_many
+from .helpers import deltas, low_rank, orthonormal, random_factors, refactored, save_many
 from .test_irls import assert_same_as_dense, cluster
 
 
@@ -77,7 +77,7 @@ def test_objective_never_rises(tmp_path, shape):
 def flat_pair(n, generator):
     """Two equal full-rank adapters whose update has n equal singular values: stacked rank 2 n."""
     U, V = orthonormal(n, n, generator), orthonormal(n, n, generator)
-    return [{"layer": (U, V.T)}, {"layer": (U, V.T)}]
+    return [refactored({"layer": (U, V.T)}, seed) for seed in range(2)]
 
 
 def test_rules_see_the_whole_spectrum_when_matrix_free(tmp_path):

@@ -372,11 +372,6 @@ def test_attribute_names(pair, name):
     refused({name: pair}, repr(name) if name in ("", 3) else "attribute")
 
 
-def test_same_adapter_twice_is_the_callers_choice_but_finite(pair):
-    basis = build_basis([pair[0], pair[0], pair[1]], dim=2, progress=False)
-    assert all(torch.isfinite(t).all() for t in basis.factors("block.0.fc", "shared"))
-
-
 def test_dim_above_the_layer_is_cut(pair):
     basis = build_basis(pair, dim=500, progress=False)
     for module, (n, m) in SHAPES.items():

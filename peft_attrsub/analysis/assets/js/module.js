@@ -47,10 +47,28 @@ function spectrumKeys(rows) {
   return [
     ...(ranks.length ? [lineKey(`adapters' rank (${list(ranks)})`, { color: css("soft"), dash: "4 3" })] : []),
     squareKey(`directions in use (${list(rows.map((s) => s.dim))})`, css("null-fill")),
+    ...(rows.some((s) => s.first_singular_values.length)
+      ? [lineKey("plain mean (the paper's figure)", { color: css("soft"), dash: "1 3" })]
+      : []),
     ...(rows.some((s) => s.drops.length)
       ? [lineKey("drop", { color: css("ink"), symbol: "triangle-down", line: false })]
       : []),
   ];
+}
+
+// The plain mean of all adapters, as the paper shows it: what the mining mutes has its full say there.
+function firstTrace(spectrum, attribute) {
+  const values = spectrum.first_singular_values.map((v) => (v > 0 ? v : null));
+  return {
+    type: "scatter",
+    mode: values.length > 1 ? "lines" : "markers",
+    x: indices(values),
+    y: values,
+    opacity: 0.4,
+    line: { color: attributeColor(attribute), width: 1.2, dash: "dot" },
+    marker: { color: attributeColor(attribute), symbol: "circle-open", size: 6 },
+    hovertemplate: `${label(attribute)}, plain mean<br>singular value %{x}: %{y:.3g}<extra></extra>`,
+  };
 }
 
 function spectrumTraces(spectrum, attribute) {
@@ -76,7 +94,8 @@ function spectrumTraces(spectrum, attribute) {
     text: drops.map((d) => `drop after ${d.index}: factor ${number(d.factor)}`),
     hovertemplate: `${label(attribute)}<br>%{text}<extra></extra>`,
   };
-  return drops.length ? [line, marks] : [line];
+  const first = spectrum.first_singular_values.length ? [firstTrace(spectrum, attribute)] : [];
+  return [...first, line, ...(drops.length ? [marks] : [])];
 }
 
 const spectrumLayout = (longest) => ({
@@ -110,7 +129,7 @@ function drawAllLayers(module, attribute) {
   const rows = layers.map((m) => spectrumOf(m, attribute));
   const ramp = rampKey(lineRamp(), [`depth ${span[0]}`, String(span[1])]);
   byId("spectrum-legend").replaceChildren(
-    ...(rows.length ? [ramp, ...spectrumKeys(rows.map((s) => ({ ...s, drops: [] })))] : []),
+    ...(rows.length ? [ramp, ...spectrumKeys(rows.map((s) => ({ ...s, drops: [], first_singular_values: [] })))] : []),
   );
   const traces = layers.map((m, i) => {
     const color = colorAt(lineRamp(), (m.depth - span[0]) / Math.max(1, span[1] - span[0]));
