@@ -297,13 +297,14 @@ def maps_of(texture: np.ndarray, limit: int | None) -> MaterialMaps:
     Others are resampled to the square of the next power of two, at most `limit`. None: stay as it is; the atlas of
     vertex colours must not be resampled.
     """
-    from peft_attrsub.scenes.view import decode_srgb, need
+    from peft_attrsub._extras import require
+    from peft_attrsub.scenes.view import decode_srgb
 
     side = texture.shape[0]
     if limit is not None:
         side = min(limit, 1 << (max(*texture.shape[:2], 4) - 1).bit_length())
         if texture.shape[:2] != (side, side):
-            image = need("PIL.Image", "reading textures")
+            image = require("PIL.Image", "vggt", "reading textures")
             texture = np.asarray(image.fromarray(texture).resize((side, side), image.Resampling.LANCZOS))
     flat = np.zeros((1, 1, 3), np.float32)
     flat[..., 2] = 1

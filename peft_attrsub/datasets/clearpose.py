@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._extras import require
 from .._pictures import decode_picture
-from ..scenes.view import need
 from .base import Frames, MultiViewDataset
 from .clearpose_cameras import SceneCameras, scene_cameras
 from .sample import Sample
@@ -111,7 +111,7 @@ def usable_frames(
 
 def read_picture(path: Path, mode: str) -> np.ndarray:
     """A picture as (H, W, 3) uint8 for the mode "RGB", or as its plain numbers (H, W) for "L"; errors name it."""
-    need("PIL.Image", "reading ClearPose")
+    require("PIL.Image", "vggt", "reading ClearPose")
     try:
         picture = decode_picture(path)
         array = np.asarray(picture.convert("RGB") if mode == "RGB" else picture)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from .._extras import require
 from ..scenes.storage import write_atomically
 
 METADATA = "metadata.mat"
@@ -134,12 +135,9 @@ def read_metadata(path: str | os.PathLike[str]) -> SceneCameras:
 
     Needs scipy: pip install "peft-attrsub[eval]".
     """
+    matlab = require("scipy.io", "eval", f"reading {path}")
     try:
-        import scipy.io
-    except ImportError as error:
-        raise ImportError(f'reading {path} needs scipy ({error}): pip install "peft-attrsub[eval]"') from error
-    try:
-        record = scipy.io.loadmat(os.fspath(path))
+        record = matlab.loadmat(os.fspath(path))
     except FileNotFoundError:
         raise
     except Exception as error:  # scipy hands on whatever its decompressor meets in a damaged file

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import require
 from .._pictures import decode_picture, to_rgba
 from ..scenes.view import decode_srgb, encode_srgb
 
@@ -144,12 +145,8 @@ def load_mesh(path: str | os.PathLike[str], grey: bool = False) -> PersonMesh:
 
 def _read(path: Path) -> Any:
     """trimesh's own mesh. Its PLY reader knows colours by the names red, green, blue alone."""
-    try:
-        import PIL.Image  # noqa: F401  (trimesh leaves textures out without a word where it is missing)
-        import trimesh
-    except ImportError as error:
-        hint = 'pip install "peft-attrsub[vggt]"'
-        raise ImportError(f"reading meshes needs trimesh and Pillow ({error}): {hint}") from error
+    require("PIL.Image", "vggt", "reading meshes")  # without it trimesh leaves textures out and says nothing
+    trimesh = require("trimesh", "vggt", "reading meshes")
     try:
         if path.suffix.lower() == ".obj":
             return trimesh.load(path, force="mesh", process=False)

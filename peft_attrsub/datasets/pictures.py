@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .._extras import require
 from .._pictures import decode_picture, to_rgba
-from ..scenes.view import need
 
 #: What a channel of planar z is called: by us, by Blender (also in a layer: "ViewLayer.Depth.Z"), as grey, as colour.
 DEPTH_CHANNELS = ("V", "Z", "Y", "R")
@@ -20,7 +20,7 @@ def read_colour(path: Path) -> np.ndarray:
     colour = a c + (1 - a), for alpha a and colours c that are not multiplied by it; 16 bits are brought to 8. The
     pixels are as stored, whatever the EXIF orientation: depth and masks belong to them.
     """
-    need("PIL.Image", "reading pictures")
+    require("PIL.Image", "vggt", "reading pictures")
     try:
         rgba = np.asarray(to_rgba(decode_picture(path)), np.float32) / 255
     except FileNotFoundError as error:
@@ -77,7 +77,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_exr(path: Path) -> np.ndarray:
     """The channel of depth; layers have it as "ViewLayer.Depth.Z". Three equal colours, as old Blender writes, do."""
-    exr = need("OpenEXR", "EXR depth maps")
+    exr = require("OpenEXR", "eval", "EXR depth maps")
     try:
         channels: dict[str, Any] = exr.File(str(path), separate_channels=True).channels()
     except (OSError, RuntimeError, ValueError) as error:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .._extras import require
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
@@ -25,11 +27,7 @@ def point_array(points: ArrayLike, name: str) -> Floats:
 
 def build_tree(points: ArrayLike) -> Any:
     """scipy's cKDTree of points (N, 3)."""
-    try:
-        from scipy.spatial import cKDTree
-    except ImportError as error:
-        raise ImportError('point metrics need scipy: pip install "peft-attrsub[eval]"') from error
-    return cKDTree(point_array(points, "points"))
+    return require("scipy.spatial", "eval", "measuring points").cKDTree(point_array(points, "points"))
 
 
 def choose_rows(total: int, wanted: int | None, seed: int = 0) -> Indices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .._extras import require
 from .colors import color_map, paint
 from .files import write_atomically
 
@@ -19,10 +19,7 @@ GAP, TEXT, BAR = 8, 22, 14
 
 
 def _pillow(module: str) -> Any:
-    try:
-        return importlib.import_module(f"PIL.{module}")
-    except ImportError as error:
-        raise ImportError('pictures need Pillow: pip install "peft-attrsub[scenes]".') from error
+    return require(f"PIL.{module}", "eval", "drawing pictures")
 
 
 def error_colors(distances: ArrayLike, vmax: float) -> np.ndarray:

@@ -18,12 +18,13 @@ from zlib import crc32
 
 import numpy as np
 
+from .._extras import require
 from .blender import add_camera, add_lamp, add_material, add_object, add_world, aim, use_device
 from .deferring import deferred_signals, quiet_stdout
 from .description import Scene
 from .filtering import Maps
 from .posed import moving_ids, object_poses
-from .view import View, camera_at, encode_srgb, mesh_and_maps, need, shell_ids
+from .view import View, camera_at, encode_srgb, mesh_and_maps, shell_ids
 
 DEVICES = ("cpu", "optix", "cuda")
 # Cycles writes 1e10 where a ray met nothing.
@@ -63,8 +64,8 @@ class CyclesRenderer:
             )
         if device not in DEVICES:
             raise ValueError(f"device={device!r} was given: {', '.join(map(repr, DEVICES))} are known.")
-        self._bpy = need("bpy", "the Cycles renderer")
-        self._exr = need("OpenEXR", "the Cycles renderer")
+        self._bpy = require("bpy", "scenes", "the Cycles renderer")
+        self._exr = require("OpenEXR", "scenes", "the Cycles renderer")
         self.scene = scene
         if device not in CyclesRenderer._warm:
             CyclesRenderer._warm.add(device)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._extras import require
 from .._pictures import decode_picture
 
 if TYPE_CHECKING:
@@ -147,11 +148,8 @@ def _meaning(word: str) -> Iterator[tuple[str, int]]:
 
 
 def _pillow() -> ModuleType:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise ImportError('reading maps needs Pillow: pip install "peft-attrsub[scenes]"') from error
-    return PIL.Image
+    image: ModuleType = require("PIL.Image", "vggt", "reading maps")
+    return image
 
 
 def _looks_whole(path: str) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .._extras import require
 from .._pictures import decode_picture
-from .view import need
 
 FARTHEST = 65.535  # metres: the largest 16-bit number of millimetres
 DEPTH_SUFFIX = {"png": ".png", "npy": ".npy", "exr": ".exr"}
@@ -24,7 +24,7 @@ RGB_LEVEL, GREY_LEVEL = 1, 3
 
 def encode_rgb(rgb: np.ndarray, quality: int | None = None) -> bytes:
     """(H, W, 3) uint8 sRGB to PNG, or to JPEG of that quality, 1 to 100 (95 and more: colour at full resolution)."""
-    picture = need("PIL.Image", "writing pictures").fromarray(np.ascontiguousarray(rgb))
+    picture = require("PIL.Image", "vggt", "writing pictures").fromarray(np.ascontiguousarray(rgb))
     target = io.BytesIO()
     if quality is None:
         picture.save(target, "PNG", compress_level=RGB_LEVEL)
@@ -36,7 +36,7 @@ def encode_rgb(rgb: np.ndarray, quality: int | None = None) -> bytes:
 def encode_grey(values: np.ndarray) -> bytes:
     """(H, W) uint16 to a 16-bit greyscale PNG."""
     target = io.BytesIO()
-    picture = need("PIL.Image", "writing pictures").fromarray(np.ascontiguousarray(values, dtype=np.uint16))
+    picture = require("PIL.Image", "vggt", "writing pictures").fromarray(np.ascontiguousarray(values, dtype=np.uint16))
     picture.save(target, "PNG", compress_level=GREY_LEVEL)
     return target.getvalue()
 
@@ -64,7 +64,7 @@ def encode_depth(depth: np.ndarray, kind: str) -> bytes:
 
 def decode(data: bytes, where: Path) -> np.ndarray:
     """The array in a PNG or JPEG: (H, W, 3) uint8, or (H, W) uint16 for a greyscale; a ValueError names the file."""
-    need("PIL.Image", "reading pictures")
+    require("PIL.Image", "vggt", "reading pictures")
     try:
         picture = decode_picture(data)
         if picture.mode.startswith("I"):
@@ -91,7 +91,7 @@ def decode_depth(data: bytes, where: Path) -> np.ndarray:
 
 def _write_exr(depth: np.ndarray) -> bytes:
     """One float32 channel "V". OpenEXR writes to names only, so a temporary file lends one."""
-    exr = need("OpenEXR", "EXR depth maps")
+    exr = require("OpenEXR", "eval", "EXR depth maps")
     handle, name = tempfile.mkstemp(suffix=".exr")
     os.close(handle)
     try:
@@ -103,7 +103,7 @@ def _write_exr(depth: np.ndarray) -> bytes:
 
 
 def _read_exr(data: bytes, where: Path) -> np.ndarray:
-    exr = need("OpenEXR", "EXR depth maps")
+    exr = require("OpenEXR", "eval", "EXR depth maps")
     handle, name = tempfile.mkstemp(suffix=".exr")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -15,12 +15,13 @@ from typing import Any, Self
 
 import numpy as np
 
+from .._extras import require
 from .._machine import available_cores
 from .description import Camera, Light, Scene
 from .filtering import Maps, TextureTable
 from .posed import moving_ids, object_poses, part_of, pose_mesh
 from .shading import Surface, ambient_light, cross, dot, lamp_light, reflect, shadow_rays, unit
-from .view import View, camera_at, encode_srgb, mesh_and_maps, need, shell_ids
+from .view import View, camera_at, encode_srgb, mesh_and_maps, shell_ids
 
 # Most rays a thread traces and shades at once: they fit the processor's cache, and memory stays flat.
 CHUNK = 1 << 14
@@ -62,7 +63,7 @@ class RaycastRenderer:
                 f"supersample={supersample}, shadow_samples={shadow_samples}, threads={threads} were given: the first "
                 "two must be 1 or more, threads 0 (all cores) or more."
             )
-        self._o3d = need("open3d", "the ray casting renderer")
+        self._o3d = require("open3d", "demo", "the ray casting renderer")
         self.scene = scene
         self._supersample, self._shadow_samples, self._threads = supersample, shadow_samples, threads
         mesh, maps = mesh_and_maps(scene, mesh, maps, texture_size)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .._extras import require
 from . import pixels
 from .dataset import SHEET, Dataset, scene_name
 from .storage import TRANSFORMS, read_json, write_atomically
-from .view import need
 
 GAP, TITLE, LABEL = 4, 34, 18  # pixels
 INK, PAPER, FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
@@ -25,7 +25,9 @@ def contact_sheet(
 
     ValueError where the dataset has no finished scene or less than one row, column or pixel is asked for.
     """
-    image, draw, font = (need(f"PIL.{name}", "contact sheets") for name in ("Image", "ImageDraw", "ImageFont"))
+    image, draw, font = (
+        require(f"PIL.{name}", "vggt", "contact sheets") for name in ("Image", "ImageDraw", "ImageFont")
+    )
     if min(scenes, views, cell) < 1:
         raise ValueError(f"a sheet of {scenes} scenes, {views} views and {cell} pixels was asked for: 1 or more each.")
     dataset = Dataset.open(folder)

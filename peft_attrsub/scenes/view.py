@@ -98,13 +98,3 @@ def mesh_and_maps(scene: Scene, mesh: Any, maps: Any, texture_size: int) -> tupl
 def shell_ids(scene: Scene) -> set[int]:
     """Object ids of the rooms, which cast no shadow, so that suns reach inside."""
     return {shape.object_id for shape in scene.shapes if shape.kind == "room"}
-
-
-def need(module: str, feature: str) -> Any:
-    """Import a package of the extra "scenes"; an ImportError says how to get it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{feature} needs {module} ({error}): pip install "peft-attrsub[scenes]"') from error

@@ -100,7 +100,7 @@ def test_maps_may_be_of_another_size_than_the_images(tmp_path: Path) -> None:
 
 def test_without_pillow_a_sentence_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r"peft-attrsub\[scenes\]"):
+    with pytest.raises(ImportError, match=r"drawing pictures needs Pillow.*peft-attrsub\[eval\]"):
         error_figure(*figure_input(), tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []
 

@@ -330,6 +330,6 @@ def test_without_pillow_the_error_says_what_to_install(tmp_path: Path, monkeypat
     save(tmp_path / "albedo.png", flat((1, 2, 3)))
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r'pip install "peft-attrsub\[scenes\]"'):
+    with pytest.raises(ImportError, match=r'reading maps needs Pillow.*pip install "peft-attrsub\[vggt\]"'):
         find_maps(tmp_path)
     assert render_maps(material_of("noise"), 8).albedo.shape == (8, 8, 3)

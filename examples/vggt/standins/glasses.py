@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from peft_attrsub._extras import require
 from peft_attrsub.scenes.pixels import encode_depth, encode_rgb
 from peft_attrsub.scenes.storage import json_bytes, write_atomically
-from peft_attrsub.scenes.view import encode_srgb, need
+from peft_attrsub.scenes.view import encode_srgb
 from peft_attrsub.vggt.cameras import to_image_corner, to_pixel_centers
 
 from .glassware import KINDS, meridian
@@ -267,7 +268,7 @@ def encode(kind: str, array: np.ndarray) -> bytes:
     if kind in ("depth", "depth_true"):
         return encode_depth(array, "png")
     target = io.BytesIO()
-    need("PIL.Image", "writing pictures").fromarray(array).save(target, "PNG")
+    require("PIL.Image", "vggt", "writing pictures").fromarray(array).save(target, "PNG")
     return target.getvalue()
 
 
@@ -308,7 +309,7 @@ def write_scene(
         stem = f"{100 * index:06d}"
         label_file = partial / f"{stem}-label.png"  # written last
         if label_file.is_file():
-            with need("PIL.Image", "reading pictures").open(label_file) as picture:
+            with require("PIL.Image", "vggt", "reading pictures").open(label_file) as picture:
                 label = np.asarray(picture)
         else:
             pictures = render(table, camera, size, np.random.default_rng([*key, 1 + index]), supersample)
@@ -325,12 +326,8 @@ def write_scene(
 
 def encode_metadata(record: dict[str, Any]) -> bytes:
     """The bytes of a metadata.mat: a struct per frame."""
-    try:
-        import scipy.io
-    except ImportError as error:
-        raise ImportError(f'writing metadata.mat needs scipy ({error}): pip install "peft-attrsub[eval]"') from error
     target = io.BytesIO()
-    scipy.io.savemat(target, record, do_compression=True)
+    require("scipy.io", "eval", "writing metadata.mat").savemat(target, record, do_compression=True)
     return target.getvalue()
 
 

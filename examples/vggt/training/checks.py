@@ -286,7 +286,8 @@ def _split(key: str) -> tuple[str, str | None]:
     words = key.removeprefix("base_model.model.").split(".")
     for place, word in enumerate(words):
         if word in _PARTS:
-            return ".".join(words[:place]), _PARTS[word]
+            # Next to a core's weight stands the fingerprint of its basis.
+            return ".".join(words[:place]), None if words[-1] == "basis" else _PARTS[word]
     return ".".join(words), None
 
 

@@ -68,14 +68,13 @@ def describe(model: nn.Module) -> Trained:
         else:
             # A convolution keeps the core's input and its output.
             head_width = max(head_width, 2 * thin if "attrsub_M" in name else thin)
-    frozen += sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    # Bases are neither parameters nor buffers.
-    bases = {}
+    held = list(model.buffers())
+    # Bases that adapters point to are neither parameters nor buffers.
     for module in model.modules():
-        for held in (getattr(module, "attrsub_A", {}), getattr(module, "attrsub_B", {})):
-            for adapter in held:
-                bases[held[adapter].data_ptr()] = held[adapter].numel() * held[adapter].element_size()
-    return Trained(trainable, frozen + sum(bases.values()), full, full or inputs, width, head_width)
+        for bases in (getattr(module, "attrsub_A", {}), getattr(module, "attrsub_B", {})):
+            held += [bases[adapter] for adapter in bases]
+    frozen += sum({tensor.data_ptr(): tensor.nbytes for tensor in held}.values())
+    return Trained(trainable, frozen, full, full or inputs, width, head_width)
 
 
 @dataclass(frozen=True)

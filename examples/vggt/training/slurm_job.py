@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_attrsub._extras import require
+
 from .jobs import Attempt, Job, read_state, write_json, write_state
 
 if TYPE_CHECKING:
@@ -197,10 +199,7 @@ def describe(options: LauncherOptions, name: str, jobs: Sequence[Job]) -> str:
 
 def check_slurm() -> None:
     """ImportError or ValueError with a sentence where nothing can be submitted from here."""
-    try:
-        import submitit  # noqa: F401
-    except ImportError as error:
-        raise ImportError('--launcher slurm needs submitit: pip install "peft-attrsub[slurm]".') from error
+    require("submitit", "slurm", "--launcher slurm")
     missing = [name for name in ("sbatch", "srun", "squeue", "scontrol") if shutil.which(name) is None]
     if missing:
         raise ValueError(f"--launcher slurm: {missing[0]} is not found. Run this on a login node of the cluster.")
