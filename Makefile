@@ -117,11 +117,18 @@ SYSTEM := chromium libegl1 libgl1 libusb-1.0-0
 	fi
 	@touch $@
 
-# Somebody else's 3D model, for one slow test, without the packages that only its web demo needs.
+# Packages of others that only slow tests use: a 3D model, without the packages that only its web demo needs, and the
+# trainers, libraries and quantizers of tests/conformance and tests/tuner. What cannot be installed is skipped, and its
+# tests say so.
+LIBRARIES := trl datasets sentence-transformers diffusers hqq optimum-quanto bitsandbytes deepspeed
 .venv/.stamp-third-party: .venv/.stamp-dev
 	@$(BIN)/python $(INSTALL) --no-deps depth-anything-3 && \
 	  $(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) addict einops omegaconf || \
 	  echo "make: depth-anything-3 cannot be installed here: its test is skipped" >&2
+	@for library in $(LIBRARIES); do \
+	  $(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) "$$library" || \
+	    echo "make: $$library cannot be installed here: its tests are skipped" >&2; \
+	done
 	@touch $@
 
 # bpy wants an older numpy than the rest.

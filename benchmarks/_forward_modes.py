@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from peft_attrsub import AttrSubspaceConfig
 from peft_attrsub.tuner import AttrSubspaceLayer
-from peft_attrsub.tuner.choice import FOLDING, TRAFFIC, cheaper
 from peft_attrsub.tuner.folded import folded_linear
+from peft_attrsub.tuner.forward_choice import FOLDING, TRAFFIC, cheaper
 
 RULES = {
     "crossover": "one linear of each of VGGT's shapes; forward (Q = x B included), backward, and the forward pass of "
     "inference; thin: the update's products added onto the base's result; folded: W + A M B^T made and used; whole "
     "passes, base included; the two in turn, medians over rounds. ratio: median over rounds of thin / folded. auto: "
-    "what forward_mode='auto' takes with the constants of peft_attrsub/tuner/choice.py",
+    "what forward_mode='auto' takes with the constants of peft_attrsub/tuner/forward_choice.py",
     "choice": "traffic, folding: the constants in use; fitted_*: those on a grid that lose the least here; lost: time "
     "of the passes chosen, over that of always taking the faster one, minus 1, summed over all rows of crossover",
     "bfloat16": "relative error of the update alone, Frobenius, against float64 of the same bfloat16 numbers: x and W "
@@ -124,7 +124,7 @@ def bfloat16_errors(quick: bool, seed: int, device: str) -> list[dict]:
             layer = next(one for one in model.modules() if isinstance(one, AttrSubspaceLayer))
             with torch.no_grad():
                 norm = layer.get_delta_weight("default").norm()
-                layer.attrsub_M["default"] *= relative * base.weight.float().norm() / norm
+                layer.attrsub_M["default"].weight *= relative * base.weight.float().norm() / norm
                 exact = x.double() @ layer.get_delta_weight("default").double().T
                 row[mode] = round(float((layer(x).double() - exact).norm() / exact.norm()), 5)
         rows.append(row)

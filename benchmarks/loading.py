@@ -60,7 +60,7 @@ def measure(job: dict) -> dict:
             adapted = get_peft_model(model, AttrSubspaceConfig(basis=job["basis"]))
     layers = [module for module in adapted.modules() if hasattr(module, "attrsub_M")]
     frozen = [held["default"] for layer in layers for held in (layer.attrsub_A, layer.attrsub_B)]
-    held = sum(t.nbytes for t in frozen) + sum(layer.attrsub_M["default"].nbytes for layer in layers)
+    held = sum(t.nbytes for t in frozen) + sum(layer.attrsub_M["default"].weight.nbytes for layer in layers)
     counts = {"bytes_read": adapted.basis_bytes_read["default"], "held_mib": held / 2**20, "modules": len(layers)}
     return timer.report() | memory.report() | counts
 

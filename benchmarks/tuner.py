@@ -6,9 +6,9 @@ A stack of transformer blocks of VGGT's size (width 1024, 16 heads, MLP 4096; no
 The base is frozen and the input requires a gradient, so that the backward pass runs through every block, as it does
 below the top of a real network. Each contender adapts the four linears of every block, through stock PEFT.
 
-Beside it, one linear of each of VGGT's shapes, factored and folded (peft_attrsub/tuner/choice.py): where folding pays,
-what the two constants of the choice should be on this machine, and what the choice loses; and what is left of an
-update when the weights are bfloat16. --device cuda is written but has not been run.
+Also one linear of each of VGGT's shapes, factored and folded (peft_attrsub/tuner/forward_choice.py): where folding
+pays, what the two constants of the choice should be on this machine, and what the choice loses; and what is left of
+an update when the weights are bfloat16. --device cuda is written but has not been run.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "requirements"
 TORCH = os.environ.get("TORCH", "torch")
-#: What .venv ever holds: the extras of the targets, and what the slow test of Depth Anything 3 adds.
+#: What .venv ever holds: the extras of the targets, what the slow test of Depth Anything 3 adds, and the libraries
+#: that the slow tests of tests/conformance and tests/tuner run.
 MAIN = [".[demo,dev,eval,report,slurm,train,vggt]", "addict", "einops", "omegaconf"]
+MAIN += ["bitsandbytes", "datasets", "deepspeed", "diffusers", "hqq", "optimum-quanto", "sentence-transformers", "trl"]
 #: Blender's bpy wants an older numpy, and has an environment of its own (`make test-cycles`).
 CYCLES = [".[scenes]", "numpy<2", "hypothesis", "pytest", "pytest-timeout"]
 SHARED = ("accelerate", "huggingface-hub", "peft", "safetensors", "transformers")

@@ -56,6 +56,28 @@ def transformers_adapters() -> str:
 
 
 @functools.cache
+def transformers_prefixes() -> str:
+    """transformers' load_adapter of a LoRA that was trained on the model inside, whose names lack a prefix."""
+
+    def check() -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config, ids = LlamaConfig(vocab_size=16, **sizes), torch.arange(4)[None]
+        whole = LlamaForCausalLM(config).eval()
+        inner = LlamaModel(config).eval()
+        inner.load_state_dict(whole.model.state_dict())
+        lora = get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            lora.save_pretrained(folder)
+            whole.load_adapter(folder)
+            torch.testing.assert_close(whole.model(ids).last_hidden_state, lora(ids).last_hidden_state)
+
+    return _sentence(_versions("transformers", "peft"), check)
+
+
+@functools.cache
 def torchao_int8() -> str:
     """PEFT's LoRA on a linear layer in torchao's int8."""
 

@@ -30,7 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets": {"vggt", "scenes"},
     "evaluation": set(),
 }
-PLUMBING = {"_files", "_lazy", "_machine", "_pictures"}  # nothing about attribute subspaces: files, cores, pictures
+PLUMBING = {
+    "_extras",
+    "_files",
+    "_lazy",
+    "_machine",
+    "_pictures",
+}  # nothing about attribute subspaces: files, cores, pictures
 OUTSIDE = {"tests", "examples", "benchmarks"}  # the package never reaches into these
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -60,8 +60,8 @@ def _crossover(result: dict[str, Any]) -> str:
     )
     points = bullets(
         f"The choice (`TRAFFIC` = {number(choice['traffic'])}, `FOLDING` = {number(choice['folding'])} in"
-        f" `peft_attrsub/tuner/choice.py`) loses {percent(choice['lost'])} of the time of these passes against always"
-        " taking the faster way.",
+        f" `peft_attrsub/tuner/forward_choice.py`) loses {percent(choice['lost'])} of the time of these passes against"
+        " always taking the faster way.",
         f"The constants that would suit this run best, {number(choice['fitted_traffic'])} and"
         f" {number(choice['fitted_folding'])}, lose {percent(choice['fitted_lost'])}.",
     )

@@ -4,8 +4,8 @@
 import peft  # noqa: F401
 
 from . import plugin  # noqa: F401
-from .choice import explain_forward
 from .config import AttrSubspaceConfig
+from .explain_forward import explain_forward
 from .hotswap import hotswap_adapter
 from .layer import AttrSubspaceLayer
 from .lora_export import export_lora

@@ -7,14 +7,11 @@ import re
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..basis.hub import is_local, split_revision
-
-if TYPE_CHECKING:
-    from .config import AttrSubspaceConfig
 
 _BEGIN, _END = "<!-- peft_attrsub: which basis -->", "<!-- peft_attrsub: end -->"
 _TAG = "peft-attrsub"
@@ -49,7 +46,7 @@ def update_card(folder: str | os.PathLike[str], config: Mapping[str, Any], repo_
     card.save(path)
 
 
-def keep_card_on_push(config_cls: type[AttrSubspaceConfig]) -> None:
+def keep_card_on_push(config_cls: type[PeftConfig]) -> None:
     """Have PeftModel.push_to_hub upload the card of an adapter of ours; calling it again changes nothing.
 
     transformers' push_to_hub, which PeftModel inherits, saves a blank card over the one that save_pretrained has
@@ -82,7 +79,7 @@ This adapter holds only the cores M of dW = A M B^T; {_needs(config)}
 
 ```python
 import peft_attrsub  # pip install peft-attrsub; teaches PEFT this kind of adapter
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 model = PeftModel.from_pretrained(model, "{repo_id}"{subfolder})
 ```"""

@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..basis import BasisError
-from ..basis.adapters import CONFIG, WEIGHTS
+from ..basis.adapters import CONFIG, WEIGHTS, refuse_pickle
 from ..basis.files import atomic_folder
 from .config import AttrSubspaceConfig
+from .keys import modern
 
 
 def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
-    """Config and tensors of a saved attribute-subspace adapter."""
+    """Config and tensors of a saved attribute-subspace adapter, under today's names (see `keys`)."""
+    if not (folder / WEIGHTS).is_file():
+        refuse_pickle(folder, str(folder))
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise BasisError(f"{str(folder)!r} is no saved adapter: it needs {CONFIG} and {WEIGHTS}.")
     config = PeftConfig.from_pretrained(str(folder))
@@ -25,7 +28,7 @@ def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise BasisError(f"{str(folder)!r} holds a {kind} adapter, expected an attribute-subspace adapter.")
     try:
-        return config, load_file(folder / WEIGHTS)
+        return config, modern(load_file(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:
         raise BasisError(f"{str(folder / WEIGHTS)!r} cannot be read: {error}.") from error
 

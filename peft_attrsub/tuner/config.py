@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -14,6 +15,7 @@ from ..basis import Basis, BasisError
 from ..basis.hub import split_revision
 from ..basis.joint import check_columns
 from .adapter_card import update_card
+from .names import ModuleNames, check_prefixes
 from .registration import SAVED_TYPE, peft_type
 
 #: Bases that are made from the model itself instead of being loaded.
@@ -32,7 +34,9 @@ class AttrSubspaceConfig(PeftConfig):
     Args:
         basis: where A and B come from. A folder or a Hub id of a saved basis, a list of them (their
             attributes are put side by side), a `Basis`, or one of two baselines: "psv", the principal
-            singular vectors of each base weight, and "random", seeded orthonormal directions.
+            singular vectors of each base weight, and "random", seeded orthonormal directions. A relative
+            folder in the config of a saved adapter is looked for next to that adapter first, then in the
+            working directory.
         basis_revision: branch, tag or commit of a Hub basis. A saved adapter pins the commit.
         attributes: which attributes of the basis to use, in this order. Default: all.
         dim: directions per attribute, an int or a dict by attribute. Default: all that the basis holds
@@ -58,16 +62,33 @@ class AttrSubspaceConfig(PeftConfig):
             itself for those.
         missing: "error" refuses a targeted module that the basis lacks, "skip" leaves it unadapted.
         target_modules: modules that get a core, as in PEFT: a list of names or endings, a regex, or
-            "all-linear". Default: every module the basis covers ("all-linear" for "psv" and "random").
+            "all-linear": all linear layers but output embeddings, the head of task_type (SEQ_CLS, TOKEN_CLS,
+            QUESTION_ANS), poolers (unless the task is SEQ_CLS) and what is inside of nn.MultiheadAttention. Default:
+            every module the basis covers; for "psv" and "random" those of "all-linear".
         exclude_modules: modules that get neither core nor LoRA; a list or a regex.
-        layers_to_transform, layers_pattern: restrict target_modules to these layer indices, as in PEFT.
+        layers_to_transform, layers_pattern: restrict the default, or a list of target_modules, to these layer
+            indices, as in PEFT.
         modules_to_save: modules trained and saved in full beside the adapter.
+        trainable_token_indices: ids of tokens whose embeddings are trained, as in LoRA: a list for the input
+            embedding, or a dict from a module's name to its list. Only these rows are saved.
+        ensure_weight_tying: train an input embedding in target_modules or modules_to_save, or its
+            trainable_token_indices, as one with the layers that share its weight (such as lm_head), as in LoRA.
+            With a core the update of all of them is dW = A M B^T of the embedding.
+        target_parameters: not supported; refused with a sentence. Weights that are no module of their own, such
+            as the experts of a mixture that are stored as one 3-d parameter, cannot be adapted.
         lora_modules: modules that get a plain trainable LoRA instead of a core (the paper does so on
             VGGT's heads); a list or a regex. They need no basis.
         lora_rank, lora_alpha: of those; the LoRA is scaled by lora_alpha / lora_rank.
-        basis_digest, module_layouts, basis_in_adapter: filled in by the library when an adapter is made:
-            the digest of the basis that the cores belong to, the shapes of adapted modules that are not
-            linear, and whether A and B are in the adapter's own file.
+        module_prefixes: how the names of the model's modules differ from those in the basis: prefix in the
+            model -> prefix in the basis, "" for none. {"vggt": ""} where the model holds the base as its
+            submodule `vggt`, {"": "encoder"} where the model is the `encoder` of the base. Filled in by the
+            library where one answer is certain; give it where the error says that several are possible.
+            Wrappers (torch.compile, DDP, FSDP, activation checkpointing) need none. A saved adapter has the
+            names of the basis, so that it loads into the base, its parts, and models around it.
+        basis_digest, module_layouts, basis_in_adapter, basis_widths: filled in by the library when an
+            adapter is made: the digest of the basis that the cores belong to, the shapes of adapted modules
+            that are not linear, whether A and B are in the adapter's own file, and then their widths in each
+            module, attribute by attribute ("16x16 8x12": 16 and 8 columns of A, 16 and 12 of B).
     """
 
     basis: Any = None
@@ -89,19 +110,30 @@ class AttrSubspaceConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = None
     lora_modules: list[str] | str | None = None
     lora_rank: int = 16
     lora_alpha: float = 16
+    module_prefixes: dict[str, str] | None = None
     # Filled in when an adapter is made or saved:
     basis_digest: str | None = None
     module_layouts: dict[str, Any] | None = None
     basis_in_adapter: bool = False
+    basis_widths: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
+        # Set by `tying`, read by PEFT; not part of the saved config.
+        self.modules_to_tie: set[str] | None = None
+        self.target_modules_to_tie: set[str] | None = None
         # How the adapter itself was reached on the Hub; no part of the saved config.
         self._hub: dict[str, Any] = {}
+        # The folder that the config was read from.
+        self._folder: Path | None = None
+        self._names: ModuleNames | None = None
         for name in ("target_modules", "exclude_modules", "lora_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -112,12 +144,19 @@ class AttrSubspaceConfig(PeftConfig):
 
     def _check(self) -> None:
         check_columns(self.columns)
+        self.module_prefixes = check_prefixes(self.module_prefixes)
         self._one_of("core", ("full", "block_diagonal"))
         self._one_of("missing", ("error", "skip"))
         self._one_of("save_basis", ("auto", True, False))
         self._one_of("forward_mode", FORWARD_MODES)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} is outside [0, 1).")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} is not supported: only modules can be adapted (Linear, "
+                "Conv, Embedding), not bare parameters such as experts stored as one 3-d weight. Name modules in "
+                "target_modules, or train these parameters with peft.LoraConfig(target_parameters=...)."
+            )
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank!r} is no positive whole number.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -155,6 +194,15 @@ class AttrSubspaceConfig(PeftConfig):
         value = getattr(self, name)
         if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, allowed))}.")
+
+    @property
+    def names(self) -> ModuleNames | None:
+        """The modules of the model that the adapter is in; no part of the saved config."""
+        return self._names
+
+    @names.setter
+    def names(self, names: ModuleNames) -> None:
+        self._names = names
 
     @property
     def _parts(self) -> list[Any]:
@@ -201,15 +249,18 @@ class AttrSubspaceConfig(PeftConfig):
         return whole
 
     def _load(self, name: str | os.PathLike[str]) -> Basis:
+        listed = isinstance(self.basis, (list, tuple))
+        bare, own = split_revision(os.fspath(name)) if listed else (os.fspath(name), None)
+        near = None if self._folder is None or os.path.isabs(bare) else Path(os.path.normpath(self._folder / bare))
         try:
-            listed = isinstance(self.basis, (list, tuple))
-            bare, own = split_revision(os.fspath(name)) if listed else (name, None)
-            return Basis.from_pretrained(bare, revision=own or self.basis_revision, **self._hub)
+            place = bare if near is None or not near.is_dir() else near
+            return Basis.from_pretrained(place, revision=own or self.basis_revision, **self._hub)
         except BasisError as error:
-            if self.basis_digest is None:
+            if self.basis_digest is None and near is None:
                 raise
+            looked = "" if near is None or near.is_dir() else f"There is no folder {str(near)!r} next to it; "
             raise BasisError(
-                f"the adapter needs the basis {os.fspath(name)!r} (digest {self.basis_digest}): {error} "
+                f"the adapter needs the basis {bare!r} (digest {self.basis_digest}). {looked}{error} "
                 "If it has moved: config = PeftConfig.from_pretrained(adapter); config.basis = 'new/place'; "
                 "PeftModel.from_pretrained(model, adapter, config=config)."
             ) from error
@@ -245,7 +296,10 @@ class AttrSubspaceConfig(PeftConfig):
 
     def saved_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
-        record = {**self.to_dict(), "peft_type": SAVED_TYPE, "basis_in_adapter": self.stores_basis}
+        # A config that has not made an adapter yet is saved without weights, so it starts a new one.
+        alone = self.basis_widths is None and self.basis_pointer() is not None
+        inside = self.basis_in_adapter or (self.stores_basis and not alone)
+        record = {**self.to_dict(), "peft_type": SAVED_TYPE, "basis_in_adapter": inside}
         del record["forward_mode"]  # a matter of the machine that runs the adapter, not of the adapter
         return record
 
@@ -254,6 +308,8 @@ class AttrSubspaceConfig(PeftConfig):
         """Read adapter_config.json from a folder or the Hub; token and cache_dir serve for the basis too."""
         config: AttrSubspaceConfig = super().from_pretrained(name, subfolder, **kwargs)
         config._hub = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if kwargs.get(key)}
+        folder = Path(name, subfolder or "")
+        config._folder = folder.resolve() if folder.is_dir() else None
         return config
 
 

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
+from .fingerprint import Fingerprint
+
 Slices = dict[str, tuple[slice, slice]]
 
 
 @dataclass(frozen=True)
 class Bases:
-    """A (n x D_A), B (m x D_B), the columns of each attribute, and a key that is equal for equal bases."""
+    """A (n x D_A), B (m x D_B), the columns of each attribute, and a key that is equal for equal bases.
+
+    fingerprint: what cores trained in these bases are stored with; None where it is not known yet.
+    """
 
     a: Tensor
     b: Tensor
     slices: Slices
     key: str
+    fingerprint: Fingerprint | None = None
 
 
 def blocks_of(slices: Slices) -> list[tuple[int, int]]:
     """Sizes (rows, columns) of the diagonal blocks of a core, one per attribute."""
     return [(a.stop - a.start, b.stop - b.start) for a, b in slices.values()]
+
+
+def written_widths(slices: Slices) -> str:
+    """The widths of all blocks as a config holds them: "16x16 12x8"."""
+    return " ".join(f"{rows}x{columns}" for rows, columns in blocks_of(slices))
+
+
+def read_widths(text: str) -> list[list[int]]:
+    """The inverse of `written_widths`. Raises ValueError for any other text."""
+    if not re.fullmatch(r"\d+x\d+( \d+x\d+)*", text):
+        raise ValueError(f"{text!r} is not a list of widths such as '16x16 12x8'.")
+    return [[int(x) for x in part.split("x", 1)] for part in text.split()]
 
 
 def slices_of(names: list[str], blocks: list[list[int]]) -> Slices:

@@ -7,8 +7,8 @@ into the weight first, and x meets the sum once. For the gradients,
 
 so that Q is kept between the passes and x is not, as in the factored form; the sum of W and A M B^T is made again in
 the backward pass rather than kept. Each pass may also stay factored and add the thin product onto the base's own
-result in place: which one is cheaper is for `choice` to say. T tokens, W n x m, A n x D_A, B m x D_B, M D_A x D_B
-with the scaling already in it.
+result in place: `forward_choice` says which one is cheaper. T tokens, W n x m, A n x D_A, B m x D_B, M D_A x D_B with
+the scaling already in it.
 """
 
 from __future__ import annotations

@@ -20,11 +20,13 @@ from ..basis import BasisError
 from ..basis.adapters import CONFIG, WEIGHTS
 from ..basis.hub import fetch
 from ..basis.layout import ModuleLayout
-from ..basis.naming import PEFT_PREFIX, strip_peft_prefix
+from ..basis.naming import PEFT_PREFIX, base_name, strip_peft_prefix
 from .adapter_files import read_adapter, write_adapter
 from .config import AttrSubspaceConfig
-from .factors import Bases, assemble, slices_of, to_lora
-from .layer import AttrSubspaceLayer
+from .factors import Bases, assemble, read_widths, slices_of, to_lora
+from .keys import old_blocks
+from .names import ModuleNames
+from .places import places
 from .provider import BasisProvider
 from .targets import exact_targets
 from .vocabulary import embedding_layers
@@ -55,6 +57,8 @@ def export_lora(
         rank: best approximation of this rank; default exact, of rank min(D_A, D_B) per module.
         overwrite: replace an existing adapter folder.
 
+    Modules are named as the basis names them, whatever the model is wrapped in: the LoRA is for the base model.
+
     Raises BasisError for an unknown adapter, and for grouped convolutions, whose LoRA in PEFT is another
     kind of update.
     """
@@ -65,7 +69,8 @@ def export_lora(
         names: Iterable[str] = modules
     else:
         config, modules, rest = _from_model(model, adapter_name, rank)
-        names = [name for name, _ in _base(model).named_modules()]
+        renaming = config.names or ModuleNames(_base(model))
+        names = {*renaming.own.values(), *map(renaming.of, renaming.own)}
     lora = _lora_config(config, modules, names)
     tensors = dict(rest)
     for name, item in modules.items():
@@ -88,14 +93,14 @@ def _from_model(
         have = ", ".join(name for name, c in configs.items() if isinstance(c, AttrSubspaceConfig)) or "none"
         raise BasisError(f"the model has no attribute-subspace adapter {adapter_name!r} to export; it has {have}.")
     modules = {}
-    for name, layer in _base(model).named_modules():
-        if isinstance(layer, AttrSubspaceLayer) and layer.has(adapter_name):
-            a, core, b = (x.detach().cpu() if x is not None else None for x in layer.factors(adapter_name))
-            assert a is not None and b is not None
-            modules[name] = _export(name, a, core, b, layer.scaling[adapter_name], layer.layout, rank)
+    for place in places(_base(model), adapter_name):
+        layer, name = place.layer, place.module
+        a, core, b = (x.detach().cpu() if x is not None else None for x in layer.factors(adapter_name))
+        assert a is not None and b is not None
+        modules[name] = _export(name, a, core, b, layer.scaling[adapter_name], layer.layout, rank)
     layers = embedding_layers(_base(model))
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=layers)
-    return config, modules, {k: v.detach().cpu().clone() for k, v in state.items() if ".attrsub_" not in k}
+    return config, modules, {base_name(k): v.detach().cpu().clone() for k, v in state.items() if ".attrsub_" not in k}
 
 
 def _from_folder(
@@ -110,19 +115,19 @@ def _from_folder(
     for key, value in tensors.items():
         stem, mark, part = key.rpartition(".attrsub_")
         if mark:
-            found.setdefault(strip_peft_prefix(stem), {})[part] = value
+            found.setdefault(strip_peft_prefix(base_name(stem)), {})[part] = value
         else:
-            rest[key] = value
+            rest[base_name(key)] = value
     modules = {}
     for name, parts in found.items():
-        if "lora_A" in parts:
-            left, right = parts["lora_B"], parts["lora_A"].T
+        if "lora_A.weight" in parts:
+            left, right = parts["lora_B.weight"], parts["lora_A.weight"].T
             layout = layouts.get(name) or ModuleLayout("linear", left.shape[0], right.shape[0])
             scaling = config.lora_alpha / config.lora_rank
             modules[name] = _export(name, left, None, right, scaling, layout, rank)
             continue
         bases = _stored_bases(name, parts, config, provider, layouts)
-        core = assemble(parts["M"].float(), bases.slices, config.core == "block_diagonal")
+        core = assemble(parts["M.weight"].float(), bases.slices, config.core == "block_diagonal")
         layout = layouts.get(name) or ModuleLayout("linear", bases.a.shape[0], bases.b.shape[0])
         modules[name] = _export(name, bases.a, core, bases.b, config.scaling, layout, rank)
     return config, modules, rest
@@ -136,8 +141,11 @@ def _stored_bases(
     layouts: dict[str, ModuleLayout],
 ) -> Bases:
     if "A" in parts:
-        slices = slices_of(config.attributes or [""], parts["sizes"].tolist())
-        return Bases(parts["A"], parts["B"], slices, "")
+        widths = (config.basis_widths or {}).get(name)
+        if widths is None and "sizes" not in parts:
+            raise BasisError(f"the adapter's config does not tell the widths of its basis in module {name!r}.")
+        blocks = old_blocks(parts["sizes"], parts["A"], parts["B"]) if widths is None else read_widths(widths)
+        return Bases(parts["A"].float(), parts["B"].float(), slices_of(config.attributes or [""], blocks), "")
     if provider.basis is not None:
         return provider.make(name, provider.basis.layout(name), None)
     raise BasisError(
@@ -188,6 +196,7 @@ def _lora_config(config: AttrSubspaceConfig, modules: dict[str, _Exported], name
         alpha_pattern=dict(pattern),
         target_modules=sorted(targets) if isinstance(targets, set) else targets,
         modules_to_save=config.modules_to_save,
+        ensure_weight_tying=config.ensure_weight_tying,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         task_type=config.task_type,

@@ -6,23 +6,24 @@ M = A^T dW B ,   energy = ||M||^2 / ||dW||^2          (A, B orthonormal; dW = s 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from ..basis import Basis, LoraAdapter
+from ..basis import Basis, BasisError, LoraAdapter
 from ..basis.naming import PEFT_PREFIX
 from ..basis.sources import check_fits
 from ..basis.views import Dim
+from . import keys
 from .adapter_files import write_adapter
 from .config import AttrSubspaceConfig
-from .factors import blocks_of
+from .factors import written_widths
+from .provider import BasisProvider
 
 
 @dataclass
 class Projection:
-    """cores: module -> M (D_A x D_B). energy: module -> share of ||dW||^2 inside the basis.
+    """cores: module -> M (D_A x D_B). energy: module -> share of ||dW||^2 inside the basis, where dW is not zero.
 
     total_energy: the same over all modules of the adapter together.
     """
@@ -49,12 +50,15 @@ def project_lora(
         output: folder to write the resulting attribute-subspace adapter to, atomically.
         attributes, dim: the part of the basis to use, as in AttrSubspaceConfig.
         missing: "error", or "skip" to lose modules of the LoRA that the basis lacks.
+
+    Raises BasisError where the two do not fit, and for a LoRA that was never trained.
     """
     whole = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
     part = whole.select(attributes, dim)
     lora = LoraAdapter(adapter)
     check_fits(lora, part, missing)
     cores, energy, tensors = {}, {}, {}
+    widths: dict[str, str] = {}
     kept = total = 0.0
     with lora:
         for module in lora.modules:
@@ -62,21 +66,29 @@ def project_lora(
             norm = float(((left.T @ left) * (right.T @ right)).sum())
             total += norm
             if module not in part.modules:
-                energy[module] = 0.0
+                if norm > 0:
+                    energy[module] = 0.0
                 continue
             a, b, slices = part.joint(module)
             core = (a.double().T @ left) @ (right.T @ b.double())
             kept += float(core.square().sum())
-            energy[module] = float(core.square().sum()) / norm if norm > 0 else 1.0
+            if norm > 0:
+                energy[module] = float(core.square().sum()) / norm
             cores[module] = core.float()
-            tensors[f"{PEFT_PREFIX}{module}.attrsub_M"] = core.float()
+            tensors[f"{PEFT_PREFIX}{module}.{keys.CORE}"] = core.float()
             if whole.source is None:
-                tensors[f"{PEFT_PREFIX}{module}.attrsub_A"] = a
-                tensors[f"{PEFT_PREFIX}{module}.attrsub_B"] = b
-                tensors[f"{PEFT_PREFIX}{module}.attrsub_sizes"] = torch.tensor(blocks_of(slices))
-    result = Projection(cores, energy, kept / total if total > 0 else 1.0)
+                tensors[f"{PEFT_PREFIX}{module}.{keys.BASIS_A}"] = a
+                tensors[f"{PEFT_PREFIX}{module}.{keys.BASIS_B}"] = b
+                widths[module] = written_widths(slices)
+    if total == 0:
+        raise BasisError(f"every update of {lora.source!r} is zero: it was never trained.")
+    result = Projection(cores, energy, kept / total)
     if output is not None:
         config = _config(lora, whole, part, dim, list(cores))
+        config.basis_widths = widths or None
+        provider = BasisProvider(replace(config, basis_in_adapter=False))
+        for module in cores:
+            tensors[f"{PEFT_PREFIX}{module}.{keys.FINGERPRINT}"] = provider.fingerprint(module).tensor()
         result.folder = write_adapter(output, config, tensors, overwrite)
     return result
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .._machine import release_memory
 from ..basis import Basis, BasisError
@@ -15,10 +18,15 @@ from ..basis.ahead import ReadAhead
 from ..basis.joint import Stored, join, spectral_weights
 from ..basis.layout import ModuleLayout
 from ..basis.linalg import principal_svd
-from ..basis.naming import nearest, some
+from ..basis.naming import natural_key, nearest, some
 from ..basis.weights import random_factors
 from .config import AttrSubspaceConfig
-from .factors import Bases, Slices
+from .factors import Bases, Slices, read_widths, slices_of
+from .fingerprint import Fingerprint, hashed
+from .names import ModuleNames
+
+if TYPE_CHECKING:
+    from .adapted import AdaptedLayer
 
 
 class BasisProvider:
@@ -30,12 +38,43 @@ class BasisProvider:
         self.dropped: dict[str, list[int]] = {}
         #: The basis as it was saved, and the attributes and dims of it that are used.
         self.whole: Basis | None = None
+        #: How the modules of the model are called in the basis (see `find_names`); all methods here take those names.
+        self.names = ModuleNames(nn.Module())
         self._basis: Basis | None = None
         if not config.generated and config.basis is not None and not config.basis_in_adapter:
             self.whole = config.open_basis()
             self._basis = self.whole.select(config.attributes, config.dim)
         self._read_before = self._total_read
         self._ahead: ReadAhead[dict[str, Stored]] | None = None
+
+    def find_names(self, model: nn.Module) -> None:
+        """Find the modules of the basis, or of the saved adapter, in a model; the config keeps what was found.
+
+        Raises BasisError where module_prefixes of a new adapter leads nowhere, and where the model has no module of
+        an adapter that stores its basis.
+        """
+        config = self._config
+        # An adapter that stores its basis tells the widths of it, by module.
+        stored = (config.basis_widths or {}) if config.basis_in_adapter else {}
+        known = stored if self.whole is None else self.whole.modules
+        names = ModuleNames(model, known, config.module_prefixes)
+        if config.basis_digest is None and not stored:
+            names.check_given()
+        if names.prefixes and config.module_prefixes is None:
+            config.module_prefixes = dict(names.prefixes)
+        config.names = self.names = names
+        if stored and names.known.isdisjoint(map(names.of, names.own)):
+            absent = some(sorted(stored, key=natural_key))
+            raise BasisError(
+                f"the adapter is for modules that the model does not have ({absent}), so it was trained in another "
+                f"model or another wrapping.{names.hint}"
+            )
+        if names.hint and config.missing == "skip":
+            warnings.warn(
+                "missing='skip' leaves out modules of the basis that the model may have under other names."
+                f"{names.hint}",
+                stacklevel=2,
+            )
 
     @property
     def bytes_read(self) -> int:
@@ -91,7 +130,7 @@ class BasisProvider:
             near = some(nearest(module, self.modules)) or "none"
             raise BasisError(
                 f"the basis has no module {module!r}, which target_modules asks for; nearest in the basis: {near}. "
-                "Change target_modules, or set missing='skip' to leave such modules as they are."
+                f"Change target_modules, or set missing='skip' to leave such modules as they are.{self.names.hint}"
             )
         known = basis.layout(module)
         if known.shape != layout.shape or known.kind != layout.kind:
@@ -102,14 +141,23 @@ class BasisProvider:
 
     def key(self, module: str) -> str:
         """Equal for adapters that share A and B of this module."""
+        fingerprint = self.fingerprint(module)
+        return f"{fingerprint.basis}:{fingerprint.columns}"
+
+    def fingerprint(self, module: str, made: tuple[Tensor, Tensor] | None = None) -> Fingerprint:
+        """Of the basis and its columns in this module; `made`: A and B, which tell more where they are computed."""
         config = self._config
-        what: list[object] = [config.columns]
         if self._basis is not None:
             basis = self._basis
-            what += [config.basis_digest, *((a, basis.dim(module, a)) for a in basis.attributes)]
-        else:
-            what += [config.basis, config.generated_dim, config.seed if config.basis == "random" else 0]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+            dims = [(a, basis.dim(module, a)) for a in basis.attributes]
+            pointer = config.basis_pointer()
+            name = ", ".join(pointer) if isinstance(pointer, list) else pointer or "a basis in memory"
+            return Fingerprint.of(str(config.basis_digest), [config.columns, dims], name)
+        what: list[object] = [config.basis, config.generated_dim, config.seed if config.basis == "random" else 0]
+        if config.basis == "psv" and made is not None:
+            # The same words give another basis in another model.
+            what += [hashlib.sha256(x.detach().cpu().float().numpy().tobytes()).hexdigest() for x in made]
+        return Fingerprint.of(hashed(what), [config.columns], str(config.basis))
 
     def _count_dropped(self, module: str, slices: Slices) -> None:
         assert self._basis is not None
@@ -126,7 +174,7 @@ class BasisProvider:
             a, b, slices = join(read(module), config.columns)
             self._count_dropped(module, slices)
             release_memory()
-            return Bases(a, b, slices, self.key(module))
+            return Bases(a, b, slices, self.key(module), self.fingerprint(module))
         if config.basis == "random":
             u, s, v = random_factors(layout, config.generated_dim, config.seed, module)
         else:
@@ -138,4 +186,54 @@ class BasisProvider:
             factor = spectral_weights({"": s}, {"": columns})
             u, v = u * factor, v * factor
         d = s.shape[0]
-        return Bases(u, v, {str(config.basis): (slice(0, d), slice(0, d))}, self.key(module))
+        slices = {str(config.basis): (slice(0, d), slice(0, d))}
+        return Bases(u, v, slices, self.key(module), self.fingerprint(module, (u, v)))
+
+
+class LatentBases:
+    """A and B of one module that come with the weights of an adapter; if those never come, they are made here."""
+
+    def __init__(self, config: AttrSubspaceConfig, module: str) -> None:
+        self._config = config
+        self._module = module
+
+    def empty(self, layout: ModuleLayout, adapter: str) -> Bases:
+        """Zeros in the shapes that the config tells; with no columns at all for configs of older adapters."""
+        names = self._config.attributes or [""]
+        widths = (self._config.basis_widths or {}).get(self._module)
+        try:
+            blocks = [[0, 0] for _ in names] if widths is None else read_widths(str(widths))
+        except ValueError:
+            blocks = []
+        if len(blocks) != len(names):
+            raise BasisError(
+                f"basis_widths[{self._module!r}] of the config is {widths!r}, expected a pair of widths such as 16x16 "
+                f"for each of {', '.join(names)}: the adapter_config.json is damaged."
+            )
+        slices = slices_of(names, blocks)
+        n, m = layout.shape
+        a = torch.zeros(n, sum(rows for rows, _ in blocks))
+        b = torch.zeros(m, sum(columns for _, columns in blocks))
+        return Bases(a, b, slices, f"latent:{adapter}")
+
+    def make(self, adapter: str, layer: AdaptedLayer) -> Bases:
+        """A and B as the config describes them. Raises BasisError where they were in the adapter's file alone."""
+        config = copy.copy(self._config)
+        config.basis_in_adapter = False
+        way = (
+            "load its weights with PeftModel.from_pretrained or load_adapter, or make a new config with the basis to "
+            "start from."
+        )
+        if config.basis is None:
+            raise BasisError(
+                f"adapter {adapter!r} stores its basis in its own weights, and they have not been loaded: {way}"
+            )
+        provider = BasisProvider(config)
+        weight = layer.weight_for_basis(self._module) if config.basis == "psv" else None
+        made = provider.make(self._module, layer.layout, weight)
+        if made.slices != layer.slices[adapter]:
+            raise BasisError(
+                f"adapter {adapter!r} stores its basis in its own weights, which have not been loaded, and the basis "
+                f"{provider.fingerprint(self._module)} has other widths in module {self._module!r} than they: {way}"
+            )
+        return made

@@ -48,7 +48,9 @@ def register(config_cls: type, model_cls: type) -> None:
     member = peft_type()
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is None:
-        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+        register_peft_method(
+            name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX, is_mixed_compatible=True
+        )
         PEFT_TYPE_TO_CONFIG_MAPPING[SAVED_TYPE] = config_cls
     elif known is not config_cls:
         raise RuntimeError(f"PEFT already holds another configuration class for {NAME}: {known!r}.")

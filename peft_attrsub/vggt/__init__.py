@@ -16,7 +16,8 @@ from .cameras import (
 from .configuration_vggt import VggtConfig
 from .image_processing_vggt import VggtImageProcessor
 from .losses import VggtLoss, VggtLosses
-from .modeling_vggt import VggtModel, VggtOutput
+from .modeling_vggt import VggtModel
+from .outputs import VggtOutput
 from .precision import Precision, choose_precision
 from .prediction import VggtPrediction
 from .targets import vggt_targets

@@ -12,6 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from .._extras import require
 from .configuration_vggt import VggtConfig
 from .image_input import read_scene, scenes_of
 from .shipped import find_shipped
@@ -187,10 +188,7 @@ def _check_settings(mode: str, image_size: int, patch_size: int, bit_depth: int 
 
 
 def _check_pillow() -> None:
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise ImportError('VggtImageProcessor needs Pillow: pip install "peft-attrsub[vggt]".') from error
+    require("PIL.Image", "vggt", "VggtImageProcessor")
 
 
 # ------------------------------------------------------------------------------------------------------- geometry

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ from .batch import check_batch, complete_batch, normalise_scene
 from .cameras import at_least_float32, encode_pose
 from .gradient_losses import GRADIENT_LOSSES, GradientLoss
 from .masked import bounded, masked_mean, trimmed_mean
-
-if TYPE_CHECKING:  # the model may import its loss
-    from .modeling_vggt import VggtOutput
+from .outputs import VggtOutput
 
 #: A scene counts for the cameras if its first view has more valid pixels than this,
 #: and a batch counts for depth and points if it has at least as many.

@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._extras import require
 from .._files import write_atomically
 from .cameras import at_least_float32, decode_pose, to_image_corner, to_pixel_centers, unproject
 from .image_processing_vggt import VggtImageProcessor
 from .precision import choose_precision, parse_dtype, parse_precision
 
 if TYPE_CHECKING:
-    from .modeling_vggt import VggtModel
+    from transformers import PreTrainedModel
 
 #: Axes of a viewer (glTF: y up, z towards the eye) from OpenCV's (y down, z forward).
 _UPRIGHT = np.diag([1.0, -1.0, -1.0])
@@ -158,7 +159,7 @@ class VggtPrediction:
 
 
 def predict(
-    model: VggtModel,
+    model: PreTrainedModel,
     images: Any,
     *,
     points: str = "depth",
@@ -169,7 +170,7 @@ def predict(
     """Cameras, depth and points of one scene; `model.predict(images)` is the same.
 
     Args:
-        model: in eval mode while it runs; afterwards every module has its own mode again.
+        model: a VggtModel; in eval mode while it runs; afterwards every module has its own mode again.
         images: of one scene: what VggtImageProcessor takes (a folder, files, arrays, PIL images), or what it gave, or
             pixels that are ready: a tensor of floats (S, 3, H, W) or (1, S, 3, H, W) in [0, 1], H and W multiples of
             the patch size.
@@ -220,7 +221,7 @@ def predict(
     return VggtPrediction(**({"depth": None, "depth_conf": None} | copies))
 
 
-def _check_heads(model: VggtModel, points: str) -> None:
+def _check_heads(model: PreTrainedModel, points: str) -> None:
     if points not in ("depth", "head"):
         raise ValueError(f'points={points!r} is not known: choose "depth" or "head".')
     for head in ("camera", "depth" if points == "depth" else "point"):
@@ -232,7 +233,7 @@ def _check_heads(model: VggtModel, points: str) -> None:
 
 
 def _pixels(
-    model: VggtModel, images: Any, mode: str | None, processor: VggtImageProcessor | None
+    model: PreTrainedModel, images: Any, mode: str | None, processor: VggtImageProcessor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Pixels (1, S, 3, H, W) of one scene, and the boxes (S, 6) of its views where a processor made them."""
     boxes = None
@@ -286,11 +287,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _trimesh() -> Any:
-    try:
-        import trimesh
-    except ImportError as error:
-        raise ImportError('save_ply and save_glb need trimesh: pip install "peft-attrsub[vggt]".') from error
-    return trimesh
+    return require("trimesh", "vggt", "saving point clouds")
 
 
 def _extent(points: NDArray[np.float64]) -> float:

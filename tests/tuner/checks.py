@@ -56,7 +56,7 @@ def layers(model: nn.Module) -> dict[str, AttrSubspaceLayer]:
 
 def cores(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The trainable core of every layer that has this adapter."""
-    return {n: layer.attrsub_M[adapter] for n, layer in layers(model).items() if adapter in layer.attrsub_M}
+    return {n: layer.attrsub_M[adapter].weight for n, layer in layers(model).items() if adapter in layer.attrsub_M}
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -66,7 +66,7 @@ def trainable(model: nn.Module) -> set[str]:
 
 def of_adapter(model: nn.Module, *adapters: str) -> set[str]:
     """Names of the parameters that belong to these adapters: cores, and copies made by modules_to_save."""
-    endings = {f"attrsub_M.{adapter}" for adapter in adapters}
+    endings = {f"attrsub_M.{adapter}.weight" for adapter in adapters}
     copies = {f"modules_to_save.{adapter}." for adapter in adapters}
     everything = [name for name, _ in model.named_parameters()]
     names = {n for n in everything if n.endswith(tuple(endings)) or any(copy in n for copy in copies)}

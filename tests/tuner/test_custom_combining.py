@@ -54,3 +54,42 @@ def test_a_weighted_adapter_of_two_saved_modules_is_refused():
     with pytest.raises(ValueError, match="modules_to_save"):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
     assert set(model.peft_config) == {"one", "two"}
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_cat_and_linear_are_the_same_exact_sum(basis):
+    model = pair(MLP, {"scaling": 2.0, "core": "block_diagonal"}, {"scaling": 0.5}, basis)
+    for kind in ("linear", "cat"):
+        model.add_weighted_adapter(["one", "two"], [0.5, -2.0], kind, combination_type=kind)
+    first, second, cat = deltas(model, "one"), deltas(model, "two"), deltas(model, "cat")
+    for name, delta in deltas(model, "linear").items():
+        assert torch.equal(delta, cat[name])
+        assert same(delta, 0.5 * first[name] - 2.0 * second[name])
+
+
+KINDS = ["svd", "ties", "ties_svd", "dare_linear", "dare_ties", "magnitude_prune", "magnitude_prune_svd", "Linear"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_combinations_are_refused_with_those_that_work(kind):
+    model = pair(MLP, {}, {})
+    with pytest.raises(ValueError, match=f"{kind!r}.*'linear' or 'cat'"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type=kind)
+    assert set(model.peft_config) == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "word"),
+    [
+        (["one", "two"], [1.0], "one weight each"),
+        ([], [], "one weight each"),
+        (["one", "three"], [1.0, 1.0], "'three'"),
+        (["one", "two"], [1.0, float("nan")], "finite"),
+    ],
+)
+def test_a_sum_that_is_asked_for_wrongly_leaves_the_model_alone(adapters, weights, word):
+    model = pair(MLP, {}, {})
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=word):
+        model.add_weighted_adapter(adapters, weights, "sum")
+    assert set(model.peft_config) == {"one", "two"} and set(model.state_dict()) == before

@@ -48,7 +48,7 @@ def test_the_adapter_name_ends_every_core_name(case):
     model = case.peft("random", adapter="my-adapter")
     mine = [name for name, _ in model.named_parameters() if ".attrsub_M.my-adapter" in name]
     assert len(mine) == len(layers(model))
-    assert all(name.endswith(".attrsub_M.my-adapter") for name in mine)
+    assert all(name.endswith(".attrsub_M.my-adapter.weight") for name in mine)
     assert not any("default" in name for name, _ in model.named_parameters())
 
 
@@ -141,11 +141,16 @@ def test_the_basis_does_not_learn(case, basis):
 
 
 @every_case
-def test_the_basis_is_neither_parameter_nor_buffer(case):
+def test_a_basis_is_no_parameter_and_a_buffer_only_where_it_is_stored(case):
     model, base = case.peft("random"), case.base()
     extra = of_adapter(model, "default")
     saved = {name for name in extra if "modules_to_save" in name}
-    assert len(list(model.buffers())) == len(list(base.buffers()))
+    buffers = {name for name, _ in model.named_buffers() if "attrsub_" in name.rpartition(".default")[0]}
+    endings = ("attrsub_A.default", "attrsub_B.default", "attrsub_M.default.basis")
+    assert len(buffers) == 3 * len(layers(model)) and all(name.endswith(endings) for name in buffers)
+    pointing = case.peft("random", save_basis=False)
+    names = {name for name, _ in pointing.named_buffers()} - {f"base_model.model.{n}" for n, _ in base.named_buffers()}
+    assert not any(name.endswith(endings[:2]) for name in names)
     assert len(list(model.named_parameters())) == len(list(base.named_parameters())) + len(extra)
     assert len(extra - saved) == len(layers(model))
     assert model.get_nb_trainable_parameters()[0] == sum(

@@ -139,7 +139,7 @@ def test_training_one_adapter_leaves_the_other_alone():
     model.set_adapter("two")
     learn(model, MLP)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"base_model.model.{name}.attrsub_M.two" for name in ("up", "down")}
+    assert changed == {f"base_model.model.{name}.attrsub_M.two.weight" for name in ("up", "down")}
 
 
 def test_partly_overlapping_targets_are_active_everywhere():

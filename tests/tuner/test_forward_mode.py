@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_attrsub import AttrSubspaceConfig, Basis, explain_forward
-from peft_attrsub.tuner.choice import cheaper, choose
+from peft_attrsub.tuner.forward_choice import cheaper, choose
 
 from .checks import activate, cores, deltas, layers, same
 from .models import MLP, TokenModel
@@ -249,7 +249,9 @@ def test_active_adapters_on_one_basis_are_summed_and_others_fall_back(mode):
             weight = layer.get_base_weight() + sum(layer.get_delta_weight(name) for name in names)
             weight = weight.T if layer.fan_in_fan_out else weight
             assert same(layer(one), nn.functional.linear(one, weight, layer.get_base_layer().bias))
-            gradients = torch.autograd.grad(layer(one).square().sum(), [layer.attrsub_M[name] for name in names])
+            gradients = torch.autograd.grad(
+                layer(one).square().sum(), [layer.attrsub_M[name].weight for name in names]
+            )
             assert all(bool(g.abs().sum() > 0) for g in gradients)
     activate(wide, ["default", "other"])
     assert "different bases" in explain_forward(wide, 40)
@@ -279,7 +281,7 @@ def test_folding_into_bfloat16_loses_small_cores_that_the_factored_form_keeps():
     for mode in ("factored", "folded"):
         wide = model(mode, dtype=torch.bfloat16)
         layer = layers(wide)["base_model.model.up"]
-        layer.attrsub_M["default"].data *= 1e-3
+        layer.attrsub_M["default"].weight.data *= 1e-3
         # A base that is zero on x but not in W: the output is the update and nothing else.
         base, x = layer.get_base_layer(), torch.randn(64, 12, generator=torch.Generator().manual_seed(2)).bfloat16()
         base.bias.data.zero_()
@@ -306,7 +308,7 @@ def test_transforms_of_functions_get_ordinary_operations(mode):
     found = []
     for one in (wide, slow):
         held = dict(cores(one).items())
-        names = {f"{name}.attrsub_M.default": core.detach() for name, core in held.items()}
+        names = {f"{name}.attrsub_M.default.weight": core.detach() for name, core in held.items()}
 
         def loss(values: dict[str, Tensor], x: Tensor, one: nn.Module = one) -> Tensor:
             return torch.func.functional_call(one, values, (x,)).square().mean()

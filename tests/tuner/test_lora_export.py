@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -89,7 +89,7 @@ def test_truncation_is_the_best_of_its_rank(tmp_path):
     model = get_peft_model(MLP.base(), MLP.config("random", dim=6, target_modules=["up"], init_weights=False))
     layer = model.base_model.model.up
     with torch.no_grad():
-        layer.attrsub_M["default"].mul_(torch.logspace(0, -2, layer.attrsub_M["default"].shape[1]))
+        layer.attrsub_M["default"].weight.mul_(torch.logspace(0, -2, layer.attrsub_M["default"].weight.shape[1]))
     delta = layer.get_delta_weight("default")
     export_lora(model, tmp_path / "lora", rank=2)
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -150,3 +150,17 @@ def test_projection_tells_what_is_lost_and_names_what_the_basis_lacks(tmp_path):
     assert skipped.total_energy < 1
     with pytest.raises(BasisError, match="shape"):
         project_lora(tmp_path / "lora", psv_basis(TokenModel(), dim=2, modules=["tokens"]), missing="skip")
+
+
+def test_a_lora_that_was_never_trained_holds_no_energy(tmp_path):
+    base = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5))
+    basis = psv_basis(base, dim=3)
+    lora = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"]))
+    lora.save_pretrained(tmp_path / "never")
+    with pytest.raises(BasisError, match="never trained"):
+        project_lora(tmp_path / "never", basis, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    nn.init.normal_(lora.base_model.model[1].lora_B["default"].weight)
+    lora.save_pretrained(tmp_path / "half")
+    found = project_lora(tmp_path / "half", basis)
+    assert set(found.energy) == {"1"} and set(found.cores) == {"0", "1"} and 0 < found.total_energy < 1

@@ -102,8 +102,8 @@ def test_rows_of_a_sample_stand_next_to_each_other(case):
 def test_one_product_with_each_basis(monkeypatch):
     counted: list[tuple[int, ...]] = []
     kind = type(next(iter(layers(ZOO).values())))
-    into = kind._into
-    monkeypatch.setattr(kind, "_into", lambda self, x, b: counted.append(tuple(x.shape)) or into(self, x, b))
+    into = kind.project_in
+    monkeypatch.setattr(kind, "project_in", lambda self, x, b: counted.append(tuple(x.shape)) or into(self, x, b))
     x = torch.randn(6, 12)
     mixed(ZOO, x, ["plain", "plain2", "blocks", "dropped", "plain", "plain2"])
     assert counted == [(6, 12), (6, 20)], "four adapters, one basis: one product with B per layer, for the whole batch"
@@ -134,7 +134,7 @@ def test_gradients_reach_each_core():
             model.set_requires_grad(other)  # set_adapter has taken it away
     expected = gradients(torch.cat(parts))
     used = [n for n, g in zip(["x", *parameters], found, strict=True) if g is not None]
-    assert {n.rsplit(".", 1)[-1] for n in used} == {"x", "plain", "lora", "plain2", "texture"}
+    assert {n.removesuffix(".weight").rsplit(".", 1)[-1] for n in used} == {"x", "plain", "lora", "plain2", "texture"}
     for got, want in zip(found, expected, strict=True):
         assert (got is None) == (want is None)
         assert got is None or torch.allclose(got, want, rtol=1e-4, atol=1e-5)

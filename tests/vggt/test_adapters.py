@@ -102,7 +102,7 @@ def test_every_adapter_tensor_learns_under_checkpointing(method, reentrant):
         for name, p in model.named_parameters():
             if p.requires_grad:
                 torch.manual_seed(len(name))
-                p.data = 0.1 * torch.randn(p.shape)
+                p.data = 0.05 * torch.randn(p.shape)
         total(model(x)).backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 

@@ -410,6 +410,6 @@ def test_wrong_settings_are_refused(settings: dict[str, object], message: str) -
 
 
 def test_without_pillow_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r'pip install "peft-attrsub\[vggt\]"'):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r'VggtImageProcessor needs Pillow.*pip install "peft-attrsub\[vggt\]"'):
         SMALL(noise(8, 8))

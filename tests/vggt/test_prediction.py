@@ -409,5 +409,5 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ply", "glb"])
 def test_without_trimesh_there_is_a_sentence(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trimesh", None)
-    with pytest.raises(ImportError, match=r'need trimesh: pip install "peft-attrsub\[vggt\]"'):
+    with pytest.raises(ImportError, match=r'needs trimesh: pip install "peft-attrsub\[vggt\]"'):
         getattr(by_hand(), f"save_{kind}")(tmp_path / "scene")

@@ -15,14 +15,13 @@ fits the two constants, and says what the choice loses against always taking the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-if TYPE_CHECKING:
-    from .layer import AttrSubspaceLayer
+from .adapted import AdaptedLayer
 
 #: Multiply-adds that take as long as moving one number to or from memory; fitted by benchmarks/tuner.py.
 TRAFFIC = 16.0
@@ -56,12 +55,12 @@ def cheaper(
     return folded < forward, folded < backward
 
 
-def cores_of(layer: AttrSubspaceLayer) -> list[str]:
+def cores_of(layer: AdaptedLayer) -> list[str]:
     """The active adapters that have a core in this layer."""
     return [name for name in layer.active_adapters if name in layer.attrsub_M]
 
 
-def sum_of_cores(layer: AttrSubspaceLayer, names: list[str]) -> Tensor:
+def sum_of_cores(layer: AdaptedLayer, names: list[str]) -> Tensor:
     """sum_i scaling_i M_i of adapters on one basis (D_A x D_B)."""
     parts = []
     for name in names:
@@ -73,19 +72,21 @@ def sum_of_cores(layer: AttrSubspaceLayer, names: list[str]) -> Tensor:
     return total
 
 
-def obstacle(layer: AttrSubspaceLayer) -> str | None:
+def obstacle(layer: AdaptedLayer) -> str | None:
     """Why this layer's next forward pass has to be factored; None if it may be folded."""
     names = cores_of(layer)
     if not names:
         return "no active adapter has a core here"
     if any(name in layer.attrsub_lora_A for name in layer.active_adapters):
         return "an active adapter is a plain LoRA here"
+    if any(name in layer.tied for name in layer.active_adapters):
+        return "an active adapter is tied to the input embedding's"
     if any(layer.forward_mode[name] == "factored" for name in names):
         return "forward_mode='factored'"
     return _of_adapters(layer, names) or _of_base(layer) or _of_dtypes(layer, names)
 
 
-def _of_adapters(layer: AttrSubspaceLayer, names: list[str]) -> str | None:
+def _of_adapters(layer: AdaptedLayer, names: list[str]) -> str | None:
     for name in names:
         dropout = layer.attrsub_dropout[name]
         if isinstance(dropout, nn.Dropout) and dropout.training:
@@ -93,12 +94,12 @@ def _of_adapters(layer: AttrSubspaceLayer, names: list[str]) -> str | None:
         if layer.attrsub_A[name].shape[1] == 0 or layer.attrsub_B[name].shape[1] == 0:
             return "the basis has no direction here"
         for held in (layer.attrsub_A, layer.attrsub_B):
-            if held.key(name) != held.key(names[0]):
+            if held[name] is not held[names[0]]:
                 return "the active adapters stand on different bases"
     return None
 
 
-def _of_base(layer: AttrSubspaceLayer) -> str | None:
+def _of_base(layer: AdaptedLayer) -> str | None:
     base = layer.base_layer
     if layer.layout.kind != "linear":
         return f"layers of kind {layer.layout.kind} have no folded form"
@@ -108,9 +109,10 @@ def _of_base(layer: AttrSubspaceLayer) -> str | None:
         return f"the base layer is a {type(base).__name__}, whose forward may do more than a Linear's"
     if "forward" in base.__dict__:
         return "the base layer's forward has been replaced"
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    if any(len(hook) for hook in hooks):
+    if _hooked(base):
         return "the base layer has hooks, which have to see its input and output"
+    if any(_hooked(layer.attrsub_M[name]) for name in cores_of(layer)):
+        return "the core has hooks, which have to see its input and output"
     weight, bias = base.weight, base.bias
     n, m = layer.layout.shape
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
@@ -124,7 +126,12 @@ def _of_base(layer: AttrSubspaceLayer) -> str | None:
     return None
 
 
-def _of_dtypes(layer: AttrSubspaceLayer, names: list[str]) -> str | None:
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(hook) for hook in hooks)
+
+
+def _of_dtypes(layer: AdaptedLayer, names: list[str]) -> str | None:
     weight: Any = layer.base_layer.weight
     if weight.dtype not in _FLOATS:
         return f"the weight is in {_short(weight.dtype)}"
@@ -135,32 +142,36 @@ def _of_dtypes(layer: AttrSubspaceLayer, names: list[str]) -> str | None:
         return f"autocast to {_short(torch.get_autocast_dtype(device))} would round small updates away"
     if weight.dtype not in _EXACT:
         return f"W + A M B^T in {_short(weight.dtype)} would round small updates away"
-    held = [layer.attrsub_A[names[0]], layer.attrsub_B[names[0]], *(layer.attrsub_M[name] for name in names)]
+    cores = (layer.attrsub_M[name].weight for name in names)
+    held = [layer.attrsub_A[names[0]], layer.attrsub_B[names[0]], *cores]
     if any(tensor.dtype != weight.dtype for tensor in held):
         return f"W is in {_short(weight.dtype)}, basis or core are not"
     return None
 
 
-def choose(layer: AttrSubspaceLayer, x: Tensor) -> Fold | None:
+def choose(layer: AdaptedLayer, x: Tensor) -> Fold | None:
     """Whether to fold the forward and the backward pass on x; None: base and update one after the other."""
     names = cores_of(layer)
     if not names:
         return None
-    fold = _passes(layer, names, x.numel() // max(x.shape[-1], 1))
+    fold = passes_to_fold(layer, names, x.numel() // max(x.shape[-1], 1))
     # With few tokens, as in generation, this comparison is all that a layer pays.
     if not any(fold) or obstacle(layer) is not None or not _plain(layer, x):
         return None
     return fold
 
 
-def _plain(layer: AttrSubspaceLayer, x: Tensor) -> bool:
+def _plain(layer: AdaptedLayer, x: Tensor) -> bool:
     """Whether x is an ordinary tensor beside the weight, with nothing looking over torch's shoulder."""
     weight, names = layer.base_layer.weight, cores_of(layer)
     autocast = torch.is_autocast_enabled(x.device.type)
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return False
-    if x.device != weight.device or any(layer.attrsub_B[name].device != x.device for name in names):
+    if x.device != weight.device:
         return False
+    for name in names:
+        if layer.attrsub_B[name].device != x.device or layer.attrsub_M[name].weight.device != x.device:
+            return False
     if not x.is_floating_point() or (x.dtype != weight.dtype and not autocast):
         return False
     if torch.compiler.is_compiling():
@@ -170,7 +181,8 @@ def _plain(layer: AttrSubspaceLayer, x: Tensor) -> bool:
     return not (transformed or torch.autograd.forward_ad._current_level >= 0 or torch._C._get_tracing_state())
 
 
-def _passes(layer: AttrSubspaceLayer, names: list[str], tokens: int) -> Fold:
+def passes_to_fold(layer: AdaptedLayer, names: list[str], tokens: int) -> Fold:
+    """Which passes to fold, with nothing in the way."""
     if all(layer.forward_mode[name] == "folded" for name in names):
         return True, True
     dims = layer.attrsub_A[names[0]].shape[1], layer.attrsub_B[names[0]].shape[1]
@@ -180,49 +192,3 @@ def _passes(layer: AttrSubspaceLayer, names: list[str], tokens: int) -> Fold:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def explain_forward(model: nn.Module, tokens: int) -> str:
-    """How each adapted layer would compute its update on `tokens` rows of input, and why, as a table.
-
-    Read as things stand now: the active adapters, train() or eval(), inside or outside of torch.no_grad() and
-    torch.autocast. The input is taken to be in the weight's dtype, on its device.
-    Raises ValueError for a model without adapted layers, or fewer than one token.
-    """
-    from .layer import AttrSubspaceLayer
-
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens} is no positive whole number: give the rows of x that a layer sees at once.")
-    rows = [("module", "W", "D", "forward", "backward", "why")]
-    for name, layer in model.named_modules():
-        if isinstance(layer, AttrSubspaceLayer):
-            rows.append((name, *_explained(layer, tokens)))
-    if len(rows) == 1:
-        raise ValueError("the model has no adapted layer: give what get_peft_model or PeftModel.from_pretrained made.")
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _explained(layer: AttrSubspaceLayer, tokens: int) -> tuple[str, str, str, str, str]:
-    """Shape, dims, the two passes, and why."""
-    names, (n, m) = cores_of(layer), layer.layout.shape
-    shapes = {(layer.attrsub_A[name].shape[1], layer.attrsub_B[name].shape[1]) for name in names}
-    dims = ", ".join(str(a) if a == b else f"{a}x{b}" for a, b in sorted(shapes)) or "-"
-    gradient = torch.is_grad_enabled()
-    if layer.disable_adapters or layer.merged:
-        return f"{n}x{m}", dims, "base", "base" if gradient else "-", "merged" if layer.merged else "switched off"
-    reason, fold = obstacle(layer), (False, False)
-    if reason is None:
-        fold = _passes(layer, names, tokens)
-        forced = all(layer.forward_mode[name] == "folded" for name in names)
-        reason = "forward_mode='folded'" if forced else _compared(tokens, (n, m), gradient)
-    forward, backward = ("folded" if one else "factored" for one in fold)
-    return f"{n}x{m}", dims, forward, backward if gradient else "-", reason
-
-
-def _compared(tokens: int, shape: tuple[int, int], gradient: bool) -> str:
-    n, m = shape
-    if gradient:
-        return f"cheaper with {tokens} tokens: folding pays from about {m} forward, {n} backward"
-    return f"cheaper with {tokens} tokens: folding pays from about {round(n * m / (n + m))}"

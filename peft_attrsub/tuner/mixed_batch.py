@@ -15,15 +15,14 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .layer import AttrSubspaceLayer
-    from .model import AttrSubspaceModel
+from .adapted import AdaptedLayer
 
 #: The name that stands for the model without any adapter.
 BASE = "__base__"
@@ -35,16 +34,16 @@ _INSIDE = (
 
 
 @contextmanager
-def mixed_batch(tuner: AttrSubspaceModel, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[None]:
+def mixed_batch(tuner: BaseTuner, names: Sequence[str], args: Any, kwargs: Any) -> Iterator[None]:
     """Within it, sample i of the model's batch runs with adapter names[i].
 
     args, kwargs: of the call about to be made; the batch is counted there where it can be found.
     Raises ValueError in training mode, with merged adapters, for unknown names and for a wrong count; TypeError if
     `names` is no list of names.
     """
-    names = _checked(tuner, names)
+    modules = list(_walk(tuner, tuner.tuner_layer_cls))
+    names = _checked(tuner, modules, names)
     check_count(tuner, names, args, kwargs)
-    modules = list(tuner.modules())
     wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
     with ExitStack() as undo:
         # An attribute and no hook: torch.compile notices that an attribute has changed.
@@ -60,7 +59,20 @@ def mixed_batch(tuner: AttrSubspaceModel, names: Sequence[str], args: Any, kwarg
         yield
 
 
-def add_updates(layer: AttrSubspaceLayer, names: Names, x: Tensor, result: Tensor) -> Tensor:
+def _walk(root: nn.Module, leaf: type) -> Iterator[nn.Module]:
+    """The modules of a model, but of adapted layers only the base: the rest grows with the number of adapters."""
+    found, stack = {id(root)}, [root]
+    while stack:
+        module = stack.pop()
+        yield module
+        inner = [module.base_layer] if isinstance(module, leaf) else module._modules.values()
+        for child in inner:
+            if isinstance(child, nn.Module) and id(child) not in found:
+                found.add(id(child))
+                stack.append(child)
+
+
+def add_updates(layer: AdaptedLayer, names: Names, x: Tensor, result: Tensor) -> Tensor:
     """result + the update of each sample's adapter; samples of BASE, and of adapters without this layer, untouched.
 
     x: rows = len(names) * k, the k rows of a sample next to each other (frames of a scene, tokens of a sequence);
@@ -87,14 +99,16 @@ def add_updates(layer: AttrSubspaceLayer, names: Names, x: Tensor, result: Tenso
     return total.flatten(0, 1).to(result.dtype)
 
 
-def _groups(layer: AttrSubspaceLayer, names: Names) -> list[list[int]]:
+def _groups(layer: AdaptedLayer, names: Names) -> list[list[int]]:
     """Samples whose adapters stand on the same A and B here, group by group."""
     keys: dict[str, Any] = {}
     for name in dict.fromkeys(names):
+        if name in layer.latent:
+            layer.bases(name)  # made now, or shared with those of another adapter
         if name in layer.attrsub_M:
-            keys[name] = (layer.attrsub_A.key(name), layer.attrsub_B.key(name))
-        elif layer.has(name):
-            keys[name] = name  # a plain LoRA shares nothing
+            keys[name] = id(layer.attrsub_A[name]), id(layer.attrsub_B[name])
+        elif layer.has(name) or name in layer.tied:
+            keys[name] = name  # a plain LoRA shares nothing; a tied adapter is the embedding's
     groups: dict[Any, list[int]] = {}
     for i, name in enumerate(names):
         if name in keys:
@@ -102,24 +116,24 @@ def _groups(layer: AttrSubspaceLayer, names: Names) -> list[list[int]]:
     return list(groups.values())
 
 
-def _update(layer: AttrSubspaceLayer, names: Names, x: Tensor) -> Tensor:
+def _update(layer: AdaptedLayer, names: Names, x: Tensor) -> Tensor:
     """s_i A M_i (B^T x_i) for x (g, k, ...) and the g names of one group: (g, k, ...)."""
     size = x.shape[:2]
     rows = x.flatten(0, 1)
     first = names[0]
     if all(name == first for name in names):
-        return layer._update(rows, first).unflatten(0, size)
-    a, _, b = layer.factors(first)
-    if b.device != x.device:
-        layer._follow(first, x.device)
-        a, _, b = layer.factors(first)
-    cores = torch.stack([layer.core(name) * layer.scaling[name] for name in names])  # [g, D_A, D_B]
-    z = layer._into(layer._enter(rows, first, b.dtype), b).to(cores.dtype)
+        return layer.update(rows, first).unflatten(0, size)
+    a, b = layer.bases(first, x.device)
+    cores = torch.stack([layer.core(name, x) for name in names])  # [g, D_A, D_B]
+    scaling = [layer.scaling[name] for name in names]
+    if any(s != 1.0 for s in scaling):
+        cores = cores * torch.tensor(scaling, dtype=cores.dtype, device=cores.device)[:, None, None]
+    z = layer.project_in(layer.prepare_input(rows, first, b.dtype), b).to(cores.dtype)
     mixed = _mix(layer, z.unflatten(0, size), cores).to(a.dtype)
-    return layer._out_of(mixed.flatten(0, 1), a).unflatten(0, size)
+    return layer.project_out(mixed.flatten(0, 1), a).unflatten(0, size)
 
 
-def _mix(layer: AttrSubspaceLayer, z: Tensor, cores: Tensor) -> Tensor:
+def _mix(layer: AdaptedLayer, z: Tensor, cores: Tensor) -> Tensor:
     """M_i z_i: linear z (g, k, ..., D_B), convolution z (g, k, groups * D_B, ...)."""
     if not layer.layout.kernel:
         flat = z.flatten(1, -2)  # [g, rows, D_B]
@@ -129,7 +143,7 @@ def _mix(layer: AttrSubspaceLayer, z: Tensor, cores: Tensor) -> Tensor:
     return mixed.flatten(2, 3).unflatten(-1, z.shape[3:])
 
 
-def _by_sample(layer: AttrSubspaceLayer | None, x: Tensor, n: int) -> Tensor:
+def _by_sample(layer: AdaptedLayer | None, x: Tensor, n: int) -> Tensor:
     """(n k, ...) as (n, k, ...), a single row for every sample; `layer`, whose input x is, decides what fits."""
     if layer is not None:
         kind, spatial = layer.layout.kind, len(layer.layout.kernel) - 1
@@ -148,7 +162,7 @@ def _by_sample(layer: AttrSubspaceLayer | None, x: Tensor, n: int) -> Tensor:
 # What is refused, in the words of PEFT
 
 
-def _checked(tuner: AttrSubspaceModel, names: Sequence[str]) -> Names:
+def _checked(tuner: BaseTuner, modules: Sequence[nn.Module], names: Sequence[str]) -> Names:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names is {names!r}, expected a list with the name of one adapter per sample.")
     if tuner.training:
@@ -156,7 +170,7 @@ def _checked(tuner: AttrSubspaceModel, names: Sequence[str]) -> Names:
             "Cannot pass `adapter_names` when the model is in training mode: call model.eval(), or train one adapter "
             "at a time."
         )
-    if any(module.merged for module in tuner.modules() if isinstance(module, tuner.tuner_layer_cls)):
+    if any(module.merged for module in modules if isinstance(module, tuner.tuner_layer_cls)):
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
@@ -169,7 +183,7 @@ def _checked(tuner: AttrSubspaceModel, names: Sequence[str]) -> Names:
     return tuple(names)
 
 
-def _main_input(tuner: AttrSubspaceModel, args: Any, kwargs: Any) -> Tensor | None:
+def _main_input(tuner: BaseTuner, args: Any, kwargs: Any) -> Tensor | None:
     """The tensor that holds the batch; None where no argument is sure to be it."""
     first = next(iter(inspect.signature(tuner.model.forward).parameters), "")
     main = getattr(tuner.model, "main_input_name", "")
@@ -179,7 +193,7 @@ def _main_input(tuner: AttrSubspaceModel, args: Any, kwargs: Any) -> Tensor | No
     return None
 
 
-def check_count(tuner: AttrSubspaceModel, names: Names, args: Any, kwargs: Any) -> None:
+def check_count(tuner: BaseTuner, names: Names, args: Any, kwargs: Any) -> None:
     """Raises ValueError unless the batch, where the arguments show it, has one sample per name."""
     batch = _main_input(tuner, args, kwargs)
     if not names or (batch is not None and len(batch) != len(names)):

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .choice import choose, cores_of, sum_of_cores
 from .folded import folded_linear
+from .forward_choice import choose, cores_of, sum_of_cores
 from .layer import AttrSubspaceLayer
 
 
 class Linear(AttrSubspaceLayer):
     """nn.Linear, transformers' Conv1D, and quantised linear layers."""
 
-    def _into(self, x: Tensor, b: Tensor) -> Tensor:
+    def project_in(self, x: Tensor, b: Tensor) -> Tensor:
         return x @ b
 
     def _joint(self, x: Tensor) -> Tensor | None:
@@ -23,7 +23,7 @@ class Linear(AttrSubspaceLayer):
         if fold is None:
             return None
         names = cores_of(self)
-        a, _, b = self.factors(names[0])
+        a, b = self.bases(names[0])
         core = sum_of_cores(self, names)
         base = self.get_base_layer()
         return folded_linear(x, core, base.weight, base.bias, a, b, transposed=self.fan_in_fan_out, fold=fold)
@@ -32,10 +32,10 @@ class Linear(AttrSubspaceLayer):
 class Embedding(AttrSubspaceLayer):
     """nn.Embedding: the row of B that belongs to a token takes the place of B^T x."""
 
-    def _enter(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
+    def prepare_input(self, x: Tensor, adapter: str, dtype: torch.dtype) -> Tensor:
         return x  # token ids: nothing to cast or to drop
 
-    def _into(self, x: Tensor, b: Tensor) -> Tensor:
+    def project_in(self, x: Tensor, b: Tensor) -> Tensor:
         base = self.get_base_layer()
         rows = nn.functional.embedding(x, b, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         scale = self._get_embed_scale()
@@ -48,7 +48,7 @@ class _ConvNd(AttrSubspaceLayer):
     With groups, every group applies the same B to its own channels, and its own rows of A.
     """
 
-    def _into(self, x: Tensor, b: Tensor) -> Tensor:
+    def project_in(self, x: Tensor, b: Tensor) -> Tensor:
         base, groups = self.get_base_layer(), self.layout.groups
         weight = self.layout.as_filter(b)
         if groups > 1:
@@ -59,10 +59,10 @@ class _ConvNd(AttrSubspaceLayer):
             padding = 0
         return self._convolve(x, weight, None, base.stride, padding, base.dilation, groups)
 
-    def _mix(self, z: Tensor, core: Tensor) -> Tensor:
+    def apply_core(self, z: Tensor, core: Tensor) -> Tensor:
         return self._pointwise(z, core.repeat(self.layout.groups, 1))
 
-    def _out_of(self, z: Tensor, a: Tensor) -> Tensor:
+    def project_out(self, z: Tensor, a: Tensor) -> Tensor:
         return self._pointwise(z, a)
 
     def _pointwise(self, z: Tensor, weight: Tensor) -> Tensor:
