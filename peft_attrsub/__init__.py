@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from .tuner import (
         AttrSubspaceConfig,
         AttrSubspaceModel,
+        attribute_scales,
+        calibrate_start,
+        disable_attributes,
         explain_forward,
         export_lora,
         hotswap_adapter,
         project_lora,
+        set_attribute_scale,
     )
 else:
     __getattr__, __dir__ = lazy_names(
@@ -29,10 +33,14 @@ else:
             ".tuner": [
                 "AttrSubspaceConfig",
                 "AttrSubspaceModel",
+                "attribute_scales",
+                "calibrate_start",
+                "disable_attributes",
                 "explain_forward",
                 "export_lora",
                 "hotswap_adapter",
                 "project_lora",
+                "set_attribute_scale",
             ],
         },
         modules=["analysis", "tuner"],
@@ -50,11 +58,15 @@ __all__ = [
     "AttrSubspaceModel",
     "Basis",
     "BasisError",
+    "attribute_scales",
     "build_basis",
+    "calibrate_start",
+    "disable_attributes",
     "explain_forward",
     "export_lora",
     "hotswap_adapter",
     "project_lora",
     "psv_basis",
     "random_basis",
+    "set_attribute_scale",
 ]

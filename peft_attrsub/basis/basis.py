@@ -99,6 +99,20 @@ class Basis:
         ut, s, vt = self._stored(module, attribute)
         return ut.T.contiguous(), s, vt.T.contiguous()
 
+    def singular_values(self, module: str, attribute: str) -> Tensor:
+        """S of an attribute in a module, of all directions that are stored, without reading U and V."""
+        block = self._block(module, attribute)
+        return block.store.get(f"{block.name}.S")
+
+    def kind(self, attribute: str) -> str:
+        """Where an attribute comes from: "adapters" (mined), "psv", "random" or "factors" (given)."""
+        self._require_attribute(attribute)
+        return self._record(attribute).kind
+
+    def has_consensus(self, attribute: str) -> bool:
+        """Whether U S V^T is an update that source adapters agree on, in their own scale."""
+        return self.kind(attribute) == "adapters"
+
     def spectrum(self, module: str, attribute: str) -> tuple[Tensor, Tensor]:
         """Singular values of C (paper, section 3.3) at the first and at the last IRLS iteration."""
         return self.record(module, attribute, "first"), self.record(module, attribute, "last")

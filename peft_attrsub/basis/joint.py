@@ -60,6 +60,17 @@ def join(
     return a, b, {name: (left.slices[name], right.slices[name]) for name in factors}
 
 
+def scaled_columns(factors: dict[str, Stored]) -> tuple[Tensor, Tensor, dict[str, tuple[slice, slice]]]:
+    """A = [U_1 | U_2 | ...] and B = [V_1 S_1 | V_2 S_2 | ...]: with a diagonal M, A M B^T is a sum of triplets."""
+    slices, start = {}, 0
+    for name, (_, s, _) in factors.items():
+        slices[name] = (slice(start, start + len(s)),) * 2
+        start += len(s)
+    a = torch.cat([ut for ut, _, _ in factors.values()]).float().T.contiguous()
+    b = torch.cat([vt.float() * s.float()[:, None] for _, s, vt in factors.values()]).T.contiguous()
+    return a, b, slices
+
+
 def orthonormalise(blocks: dict[str, Tensor]) -> Joined:
     """Rank-revealing Gram-Schmidt of [block_1 | block_2 | ...] (each n x d_i, unit columns), in order.
 

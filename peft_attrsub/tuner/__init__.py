@@ -4,7 +4,9 @@
 import peft  # noqa: F401
 
 from . import plugin  # noqa: F401
+from .calibrate import calibrate_start
 from .config import AttrSubspaceConfig
+from .dials import attribute_scales, disable_attributes, set_attribute_scale
 from .explain_forward import explain_forward
 from .hotswap import hotswap_adapter
 from .layer import AttrSubspaceLayer
@@ -18,9 +20,13 @@ __all__ = [
     "AttrSubspaceLayer",
     "AttrSubspaceModel",
     "Projection",
+    "attribute_scales",
+    "calibrate_start",
+    "disable_attributes",
     "explain_forward",
     "export_lora",
     "hotswap_adapter",
     "project_lora",
     "register",
+    "set_attribute_scale",
 ]

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .config import AttrSubspaceConfig
+from .config import CORES, AttrSubspaceConfig
 from .factors import Bases, disassemble
 from .layer import AttrSubspaceLayer
 from .shared_buffers import equal
@@ -83,8 +83,7 @@ def _merged_config(
         merged.target_modules = {name for t in targets for name in t or ()}
     for told in ("module_layouts", "basis_widths"):  # by module, and each adapter may have others
         setattr(merged, told, {k: v for c in configs for k, v in (getattr(c, told) or {}).items()} or None)
-    if any(c.core == "full" for c in configs):
-        merged.core = "full"
+    merged.core = min((c.core for c in configs), key=CORES.index)  # the one that holds all of them
     merged.lora_rank = sum(c.lora_rank for c in configs)
     merged.lora_alpha = merged.lora_rank
     return merged
@@ -131,7 +130,7 @@ def _add_cores(
     layer.add_core(name, bases, config, inference_mode=True)
     total = sum(layer.core(a) * (w * layer.scaling[a] / layer.scaling[name]) for a, w in present)
     assert isinstance(total, torch.Tensor)
-    value = disassemble(total, layer.slices[name], layer.block_diagonal[name])
+    value = disassemble(total, layer.slices[name], layer.core_kind[name])
     held = layer.attrsub_M[first].weight
     layer.attrsub_M[name].weight = nn.Parameter(value.to(held).clone(), requires_grad=False)
 

@@ -17,10 +17,15 @@ from ..basis.joint import check_columns
 from .adapter_card import update_card
 from .names import ModuleNames, check_prefixes
 from .registration import SAVED_TYPE, peft_type
+from .start import CONSENSUS, check_scale
 
 #: Bases that are made from the model itself instead of being loaded.
 GENERATED = ("psv", "random")
 _GENERATED_DIM = 16
+#: Kinds of cores; each one can hold what those after it can.
+CORES = ("full", "block_diagonal", "diagonal", "dials")
+#: The columns of "diagonal" and "dials": see `basis.joint.scaled_columns`.
+SCALED = "scaled"
 FORWARD_MODES = ("auto", "factored", "folded")
 
 
@@ -42,14 +47,20 @@ class AttrSubspaceConfig(PeftConfig):
         dim: directions per attribute, an int or a dict by attribute. Default: all that the basis holds
             (16 for "psv" and "random").
         core: "full" trains all of M, so attributes may mix; "block_diagonal" only the blocks that map an
-            attribute's inputs to its own outputs (fewer parameters).
+            attribute's inputs to its own outputs (fewer parameters); "diagonal" one number per direction,
+            dW = sum_j m_j S_j u_j v_j^T over the triplets of the basis; "dials" one number per attribute and module,
+            dW = sum_a s_a U_a S_a V_a^T.
         columns: "orthonormal" columns, or "spectral": the same directions weighted by
             sqrt(singular value / largest), so that strong directions learn faster.
         scaling: constant factor of the update. 1 is right for almost everyone; the learning rate does
             the same job.
         dropout: probability of dropping entries of x on the way into B.
-        init_weights: True starts from M = 0, which leaves the model as it is. False draws M at random:
-            for tests only.
+        init_weights: True starts from M = 0, which leaves the model as it is. "consensus" starts where the source
+            adapters agree, at the core of sum_a s_a U_a S_a V_a^T: it changes the model before the first step, and
+            pays where the sources know something of the task (see `calibrate_start`). Attributes that were not
+            mined from adapters start at 0. False draws M at random: for tests only.
+        init_scale: s_a for "consensus", a number or a dict by attribute (attributes that it does not name start at 0).
+            Default: 1 / number of attributes, which is the mean of their consensus updates.
         save_basis: whether A and B are saved in the adapter. "auto" saves them when they could not be
             loaded from elsewhere (a basis in memory, "psv", "random"), else only the pointer to the basis
             and its digest. True makes a file that stands alone.
@@ -95,11 +106,12 @@ class AttrSubspaceConfig(PeftConfig):
     basis_revision: str | None = None
     attributes: list[str] | None = None
     dim: int | dict[str, int] | None = None
-    core: Literal["full", "block_diagonal"] = "full"
+    core: Literal["full", "block_diagonal", "diagonal", "dials"] = "full"
     columns: Literal["orthonormal", "spectral"] = "orthonormal"
     scaling: float = 1.0
     dropout: float = 0.0
-    init_weights: bool = True
+    init_weights: bool | Literal["consensus"] = True
+    init_scale: float | dict[str, float] | None = None
     save_basis: bool | Literal["auto"] = "auto"
     seed: int = 0
     forward_mode: Literal["auto", "factored", "folded"] = "auto"
@@ -145,7 +157,14 @@ class AttrSubspaceConfig(PeftConfig):
     def _check(self) -> None:
         check_columns(self.columns)
         self.module_prefixes = check_prefixes(self.module_prefixes)
-        self._one_of("core", ("full", "block_diagonal"))
+        self._one_of("core", CORES)
+        self._one_of("init_weights", (True, False, CONSENSUS))
+        check_scale(self.init_scale, self.init_weights)
+        if self.core in ("diagonal", "dials") and self.columns != "orthonormal":
+            raise ValueError(
+                f"columns={self.columns!r} does not go with core={self.core!r}, which weighs the triplets of the "
+                "basis as they are: leave columns out."
+            )
         self._one_of("missing", ("error", "skip"))
         self._one_of("save_basis", ("auto", True, False))
         self._one_of("forward_mode", FORWARD_MODES)
@@ -184,6 +203,11 @@ class AttrSubspaceConfig(PeftConfig):
             raise ValueError(f"attributes={self.attributes!r} does not fit basis={self.basis!r}, which has none.")
         if self.generated and isinstance(self.dim, Mapping):
             raise ValueError(f"dim={self.dim!r} is by attribute, but basis={self.basis!r} has none: give an int.")
+        if self.generated and self.init_weights == CONSENSUS:
+            raise ValueError(
+                f"init_weights='consensus' needs a basis that was mined from adapters, got basis={self.basis!r}: "
+                "build one with build_basis, or leave init_weights=True to start at zero."
+            )
         if self.save_basis is False and self.basis == "psv":
             raise ValueError(
                 "save_basis=False with basis='psv' would recompute singular vectors at every load, which is not exact "
@@ -212,6 +236,11 @@ class AttrSubspaceConfig(PeftConfig):
     def generated(self) -> bool:
         """The basis is made from the model: "psv" or "random"."""
         return isinstance(self.basis, str) and self.basis in GENERATED
+
+    @property
+    def basis_columns(self) -> str:
+        """The rule by which columns of A and B come from the basis: `columns`, or "scaled"."""
+        return SCALED if self.core in ("diagonal", "dials") else self.columns
 
     @property
     def generated_dim(self) -> int:

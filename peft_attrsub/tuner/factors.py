@@ -19,6 +19,7 @@ class Bases:
     """A (n x D_A), B (m x D_B), the columns of each attribute, and a key that is equal for equal bases.
 
     fingerprint: what cores trained in these bases are stored with; None where it is not known yet.
+    start: the core (D_A x D_B) to start from; None: M = 0.
     """
 
     a: Tensor
@@ -26,6 +27,7 @@ class Bases:
     slices: Slices
     key: str
     fingerprint: Fingerprint | None = None
+    start: Tensor | None = None
 
 
 def blocks_of(slices: Slices) -> list[tuple[int, int]]:
@@ -55,27 +57,54 @@ def slices_of(names: list[str], blocks: list[list[int]]) -> Slices:
     return found
 
 
-def core_shape(a: Tensor, b: Tensor, slices: Slices, block_diagonal: bool) -> tuple[int, ...]:
-    """Shape of the trainable tensor: D_A x D_B, or all diagonal blocks in one row."""
-    if block_diagonal:
+def core_shape(a: Tensor, b: Tensor, slices: Slices, kind: str) -> tuple[int, ...]:
+    """Shape of the trainable tensor of a core.
+
+    kind: "full" (D_A x D_B), "block_diagonal" (all diagonal blocks in one row), "diagonal" (D) or "dials" (one number
+    per attribute).
+    """
+    if kind == "block_diagonal":
         return (sum(prod(block) for block in blocks_of(slices)),)
-    return (a.shape[1], b.shape[1])
+    if kind == "diagonal":
+        return (a.shape[1],)
+    return (len(slices),) if kind == "dials" else (a.shape[1], b.shape[1])
 
 
-def assemble(core: Tensor, slices: Slices, block_diagonal: bool) -> Tensor:
+def assemble(core: Tensor, slices: Slices, kind: str) -> Tensor:
     """M (D_A x D_B) from the trainable tensor."""
-    if not block_diagonal:
+    if kind == "full":
         return core
     sizes = blocks_of(slices)
-    parts = core.split([prod(size) for size in sizes])
-    return torch.block_diag(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
+    if kind == "block_diagonal":
+        parts = core.split([prod(size) for size in sizes])
+        return torch.block_diag(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
+    if kind == "dials":
+        core = torch.cat([core[i : i + 1].expand(rows) for i, (rows, _) in enumerate(sizes)])
+    return torch.diag(core)
 
 
-def disassemble(matrix: Tensor, slices: Slices, block_diagonal: bool) -> Tensor:
-    """The trainable tensor whose core is `matrix`; for block_diagonal, what lies off the blocks is lost."""
-    if not block_diagonal:
+def disassemble(matrix: Tensor, slices: Slices, kind: str) -> Tensor:
+    """The trainable tensor whose core is nearest to `matrix`; what such a core cannot hold is lost."""
+    if kind == "full":
         return matrix
-    return torch.cat([matrix[a, b].reshape(-1) for a, b in slices.values()])
+    if kind == "block_diagonal":
+        return torch.cat([matrix[a, b].reshape(-1) for a, b in slices.values()])
+    diagonal = matrix.diagonal()
+    if kind == "diagonal":
+        return diagonal.clone()
+    return torch.stack([diagonal[a].sum() / max(1, a.stop - a.start) for a, _ in slices.values()])
+
+
+def scale_mask(slices: Slices, scales: dict[str, float], like: Tensor) -> Tensor:
+    """Factors (D_A x D_B) for the entries of a core: s_a in the block of attribute a, s_a s_b between a and b."""
+    mask = torch.ones_like(like)
+    for name, factor in scales.items():
+        rows, columns = slices[name]
+        block = mask[rows, columns].clone()
+        mask[rows] *= factor
+        mask[:, columns] *= factor
+        mask[rows, columns] = block * factor
+    return mask
 
 
 def to_lora(a: Tensor, core: Tensor, b: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from .adapted import AdaptedLayer
 from .arrival import Arrival, check_arrival
 from .config import AttrSubspaceConfig
 from .factor import Core, Factor
-from .factors import Bases, Slices, assemble, core_shape, slices_of
+from .factors import Bases, Slices, assemble, core_shape, disassemble, scale_mask, slices_of
 from .fingerprint import Fingerprint
 from .mixed_batch import add_updates
 from .provider import LatentBases
@@ -55,7 +55,8 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
         "initial_scaling",
         "scale_steps",
         "slices",
-        "block_diagonal",
+        "core_kind",
+        "attribute_scales",
         "forward_mode",
         "latent",
         "module_names",
@@ -78,7 +79,7 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
         self.layout = layout
         self.fan_in_fan_out = fan_in_fan_out
         # Any: torch types the values of a ModuleDict as Module.
-        self.attrsub_M: Any = nn.ModuleDict()  # adapter -> Core: D_A x D_B, or its diagonal blocks in a row
+        self.attrsub_M: Any = nn.ModuleDict()  # adapter -> Core: see `factors.core_shape`
         self.attrsub_lora_A: Any = nn.ModuleDict()  # adapter -> Factor: r x m
         self.attrsub_lora_B: Any = nn.ModuleDict()  # adapter -> Factor: n x r
         self.attrsub_A = SharedBases()  # adapter -> n x D_A
@@ -86,7 +87,9 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
         self.attrsub_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.slices: dict[str, Slices] = {}
-        self.block_diagonal: dict[str, bool] = {}
+        self.core_kind: dict[str, str] = {}  # adapter -> "full", "block_diagonal", "diagonal" or "dials"
+        #: adapter -> factors by attribute that are not 1 (see `dials.set_attribute_scale`).
+        self.attribute_scales: dict[str, dict[str, float]] = {}
         self.forward_mode: dict[str, str] = {}
         #: Adapters whose A and B should have come with their weights and have not yet.
         self.latent: dict[str, LatentBases] = {}
@@ -109,7 +112,7 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
     ) -> None:
         """Give `adapter` a core on `bases`; LatentBases: its A and B arrive with the adapter's weights."""
         self._begin(adapter, config)
-        block = self.block_diagonal[adapter] = config.core == "block_diagonal"
+        kind = self.core_kind[adapter] = config.core
         self.scaling[adapter] = float(config.scaling)
         if isinstance(bases, LatentBases):
             self.latent[adapter] = bases
@@ -118,9 +121,11 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
         stored = config.stores_basis
         self.attrsub_A.put(adapter, bases.key, bases.a, stored)
         self.attrsub_B.put(adapter, bases.key, bases.b, stored)
-        core = torch.zeros(core_shape(bases.a, bases.b, bases.slices, block))
+        core = torch.zeros(core_shape(bases.a, bases.b, bases.slices, kind))
         if not config.init_weights:
             nn.init.normal_(core, std=_INIT_STD)
+        elif bases.start is not None and not core.is_meta:
+            core.copy_(disassemble(bases.start, bases.slices, kind))
         self.attrsub_M[adapter] = Core(core)
         if bases.fingerprint is not None:
             self.attrsub_M[adapter].basis = bases.fingerprint.tensor()
@@ -269,7 +274,9 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
         return core
 
     def _assembled(self, adapter: str, weight: Tensor, *inputs: Tensor) -> Tensor:
-        return assemble(weight, self.slices[adapter], self.block_diagonal[adapter])
+        core = assemble(weight, self.slices[adapter], self.core_kind[adapter])
+        scales = self.attribute_scales.get(adapter)
+        return core if not scales else core * scale_mask(self.slices[adapter], scales, core)
 
     def bases(self, adapter: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """A (n x D_A) and B (m x D_B); on `device`, if that is given."""
@@ -288,6 +295,10 @@ class AttrSubspaceLayer(nn.Module, Scales, BaseTunerLayer):
             shared.fill(adapter, made.key, value)
         if made.fingerprint is not None:
             self.attrsub_M[adapter].basis = made.fingerprint.tensor()
+        core = self.attrsub_M[adapter].weight
+        if made.start is not None and not core.is_meta and not bool(core.any()):
+            with torch.no_grad():
+                core.copy_(disassemble(made.start, made.slices, self.core_kind[adapter]))
         del self.latent[adapter]
         self._move_adapter_to_device_of_base_layer(adapter)
 

@@ -127,7 +127,7 @@ def _from_folder(
             modules[name] = _export(name, left, None, right, scaling, layout, rank)
             continue
         bases = _stored_bases(name, parts, config, provider, layouts)
-        core = assemble(parts["M.weight"].float(), bases.slices, config.core == "block_diagonal")
+        core = assemble(parts["M.weight"].float(), bases.slices, config.core)
         layout = layouts.get(name) or ModuleLayout("linear", bases.a.shape[0], bases.b.shape[0])
         modules[name] = _export(name, bases.a, core, bases.b, config.scaling, layout, rank)
     return config, modules, rest

@@ -34,6 +34,9 @@ from .registration import PREFIX
 from .targets import exact_targets, matches, unwrap_targets
 from .tying import embedding_name, means, tie_saved_modules, tie_targets
 
+#: Share of a consensus below which a start says how little of it there is.
+_WORTH_SAYING = 0.9
+
 
 class AttrSubspaceModel(BaseTuner):
     """A model whose targeted modules compute y = W x + scaling * A M (B^T x), with only M trained.
@@ -105,7 +108,22 @@ class AttrSubspaceModel(BaseTuner):
                 f"dropped: {listing}, over all modules.",
                 stacklevel=2,
             )
+        self._tell_of_the_start(adapter_name)
         del self._provider  # closes the files of the basis
+
+    def _tell_of_the_start(self, adapter_name: str) -> None:
+        """Say which attributes' consensus is cut short; nothing for adapters that are loaded for inference."""
+        start, config = self._provider.start, self.peft_config[adapter_name]
+        if start is None or config.inference_mode:
+            return
+        cut = {name: share.value for name, share in start.shares.items() if share.value < _WORTH_SAYING}
+        if cut:
+            listing = ", ".join(f"{100 * value:.0f} % of {name!r}" for name, value in cut.items())
+            warnings.warn(
+                f"the start holds only a part of the consensus update: {listing}. A larger dim keeps more"
+                f"{', a full core too' if config.core != 'full' else ''}.",
+                stacklevel=3,
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config: AttrSubspaceConfig, key: str) -> Any:
@@ -279,7 +297,7 @@ class AttrSubspaceModel(BaseTuner):
             return LatentBases(config, module)
         held = layer.shared(self._provider.key(module), config.stores_basis)
         if held is not None:
-            return held
+            return self._provider.started(module, held)
         weight = layer.weight_for_basis(module) if config.basis == "psv" else None
         return self._provider.make(module, layer.layout, weight)
 

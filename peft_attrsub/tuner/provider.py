@@ -6,6 +6,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from .._machine import release_memory
 from ..basis import Basis, BasisError
 from ..basis.ahead import ReadAhead
-from ..basis.joint import Stored, join, spectral_weights
+from ..basis.joint import Stored, join, scaled_columns, spectral_weights
 from ..basis.layout import ModuleLayout
 from ..basis.linalg import principal_svd
 from ..basis.naming import natural_key, nearest, some
 from ..basis.weights import random_factors
-from .config import AttrSubspaceConfig
+from .config import SCALED, AttrSubspaceConfig
 from .factors import Bases, Slices, read_widths, slices_of
 from .fingerprint import Fingerprint, hashed
 from .names import ModuleNames
+from .start import CONSENSUS, Start, scales_of
 
 if TYPE_CHECKING:
     from .adapted import AdaptedLayer
@@ -44,6 +46,11 @@ class BasisProvider:
         if not config.generated and config.basis is not None and not config.basis_in_adapter:
             self.whole = config.open_basis()
             self._basis = self.whole.select(config.attributes, config.dim)
+        #: What the cores start at; None: zero.
+        self.start: Start | None = None
+        if config.init_weights == CONSENSUS and self._basis is not None and self.whole is not None:
+            scales = scales_of(self._basis, config.init_scale)
+            self.start = Start(self._basis, self.whole, config.core, scales)
         self._read_before = self._total_read
         self._ahead: ReadAhead[dict[str, Stored]] | None = None
 
@@ -152,12 +159,12 @@ class BasisProvider:
             dims = [(a, basis.dim(module, a)) for a in basis.attributes]
             pointer = config.basis_pointer()
             name = ", ".join(pointer) if isinstance(pointer, list) else pointer or "a basis in memory"
-            return Fingerprint.of(str(config.basis_digest), [config.columns, dims], name)
+            return Fingerprint.of(str(config.basis_digest), [config.basis_columns, dims], name)
         what: list[object] = [config.basis, config.generated_dim, config.seed if config.basis == "random" else 0]
         if config.basis == "psv" and made is not None:
             # The same words give another basis in another model.
             what += [hashlib.sha256(x.detach().cpu().float().numpy().tobytes()).hexdigest() for x in made]
-        return Fingerprint.of(hashed(what), [config.columns], str(config.basis))
+        return Fingerprint.of(hashed(what), [config.basis_columns], str(config.basis))
 
     def _count_dropped(self, module: str, slices: Slices) -> None:
         assert self._basis is not None
@@ -166,22 +173,36 @@ class BasisProvider:
             held = self.dropped.setdefault(attribute, [0, 0])
             self.dropped[attribute] = [x + y for x, y in zip(held, lost, strict=True)]
 
+    def started(self, module: str, bases: Bases) -> Bases:
+        """The same bases, which another adapter has brought, with the start of this one."""
+        if self.start is None or self._basis is None:
+            return bases
+        stored = self._basis.stored(module)
+        return replace(bases, start=self.start.core(module, bases.a, bases.b, bases.slices, stored))
+
     def make(self, module: str, layout: ModuleLayout, weight: Tensor | None) -> Bases:
         """A and B for a module; `weight` (n x m) is needed for "psv" only."""
         config = self._config
         if self._basis is not None:
             read = self._basis.stored if self._ahead is None else self._ahead.get
-            a, b, slices = join(read(module), config.columns)
-            self._count_dropped(module, slices)
+            stored = read(module)
+            if config.basis_columns == SCALED:
+                a, b, slices = scaled_columns(stored)
+            else:
+                a, b, slices = join(stored, config.columns)
+                self._count_dropped(module, slices)
+            start = None if self.start is None else self.start.core(module, a, b, slices, stored)
             release_memory()
-            return Bases(a, b, slices, self.key(module), self.fingerprint(module))
+            return Bases(a, b, slices, self.key(module), self.fingerprint(module), start)
         if config.basis == "random":
             u, s, v = random_factors(layout, config.generated_dim, config.seed, module)
         else:
             assert weight is not None
             u, s, v = principal_svd(weight, config.generated_dim)
             u, s, v = u.to(weight.device), s.to(weight.device), v.to(weight.device)
-        if config.columns == "spectral":
+        if config.basis_columns == SCALED:
+            v = v * s
+        elif config.columns == "spectral":
             columns = list(range(s.shape[0]))
             factor = spectral_weights({"": s}, {"": columns})
             u, v = u * factor, v * factor

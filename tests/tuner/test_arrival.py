@@ -68,7 +68,7 @@ OPTIONS = st.fixed_dictionaries(
         "attributes": st.sampled_from([None, ["texture"], ["camera", "texture"]]),
         "dim": st.sampled_from([None, 2, 3, {"texture": 1, "camera": 3}, {"texture": 3, "camera": 1}]),
         "columns": st.sampled_from(["orthonormal", "spectral"]),
-        "core": st.sampled_from(["full", "block_diagonal"]),
+        "core": st.sampled_from(["full", "block_diagonal", "diagonal", "dials"]),
         "save_basis": st.sampled_from(["auto", True, False]),
         "seed": st.sampled_from([0, 1]),
     }

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # compiling costs tens of seconds
         {"core": "full"},
         {"core": "full", "scaling": 0.5, "columns": "spectral"},
         {"core": "block_diagonal"},
+        {"core": "dials"},
         {"target_modules": ["up"], "lora_modules": ["down"], "lora_rank": 2},
     ],
     ids=["full", "scaled-spectral", "blocks", "beside-lora"],

@@ -76,11 +76,13 @@ def uneven() -> Basis:
     [
         {},
         {"core": "block_diagonal"},
+        {"core": "diagonal"},
+        {"core": "dials"},
         {"scaling": 0.3, "columns": "spectral"},
         {"basis": "random", "dim": 5},
         {"dim": 1},
     ],
-    ids=["full", "blocks", "scaled-spectral", "random", "one"],
+    ids=["full", "blocks", "diagonal", "dials", "scaled-spectral", "random", "one"],
 )
 def test_every_mode_gives_the_same_values_and_gradients(mode, tokens, options):
     x = inputs(tokens)

@@ -65,7 +65,9 @@ def unchanged(model, before):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("changes", [{}, {"core": "block_diagonal"}, {"save_basis": True}, {"scaling": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"core": "block_diagonal"}, {"core": "dials"}, {"save_basis": True}, {"scaling": 0.5}], ids=str
+)
 def test_the_swapped_model_is_the_loaded_one(basis, tmp_path, changes):
     first, before = save(tmp_path / "first", basis, 0, **changes)
     second, after = save(tmp_path / "second", basis, 1, **changes)

@@ -48,6 +48,8 @@ SETTINGS = {
     "scaled": {"scaling": 0.25},
     "spectral": {"columns": "spectral"},
     "blocks": {"core": "block_diagonal"},
+    "diagonal": {"core": "diagonal"},
+    "dials": {"core": "dials"},
     "beside-lora": {"target_modules": ["head.proj", "line"], "lora_modules": ["tokens", "plane"], "lora_rank": 2},
     "wider-than-some": {"dim": 10},
     "saved-module": {"modules_to_save": ["proj"], "target_modules": ["tokens", "line"]},

@@ -111,7 +111,7 @@ def dense(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward_mode", ["auto", "folded"])
-@pytest.mark.parametrize("core", ["full", "block_diagonal"])
+@pytest.mark.parametrize("core", ["full", "block_diagonal", "dials"])
 @pytest.mark.parametrize("save_basis", [True, False])
 @every_kind
 def test_trained_saved_loaded_and_exported(kind, save_basis, core, forward_mode, tmp_path):
