@@ -7,9 +7,11 @@
 2. Per attribute (rotation, thickness, contrast, shift) stock PEFT trains a few LoRA adapters, each on data in which
    only that attribute varies.
 3. `peft-attrsub build-basis` mines one subspace per attribute from the saved adapters; `report` shows what is in them.
-4. On a new task with few labels, in which all attributes vary at once, only the cores are trained. Rivals: LoRA, the
-   same cores in principal singular vectors (PSV) or in random directions, full fine-tuning. Every method gets the
-   same pictures, the same steps and the same sweep of the learning rate on a validation split.
+4. On a new task with 20, 50 or 200 labels, in which all attributes vary at once, only the cores are trained: from
+   zero, and from the consensus of the source adapters (`init_weights="consensus"`, scales by `calibrate_start`).
+   Rivals: LoRA and full fine-tuning from the same two starts, and cores in principal singular vectors (PSV) or in
+   random directions. Every method gets the same pictures, the same steps and the same sweep of the learning rate on a
+   validation split.
 5. The tuned cores are saved, reloaded, exported to LoRA, and loaded by stock PEFT without this package.
 
 A summary table is printed; `summary.json` in the output folder holds all numbers.
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from digits_data import Digits
     from torch import Tensor, nn
 
+    from peft_attrsub import AttrSubspaceConfig
+
 # What learns is imported where it is used: --help does without it, and the process that checks the export must do
 # without peft_attrsub.
 
@@ -61,7 +65,7 @@ class Settings:
     source_steps: int = 200
     source_learning_rate: float = 5e-3
     dim: int = 8  # directions per attribute
-    labels: int = 200  # pictures of the new task
+    labels: tuple[int, ...] = (20, 50, 200)  # pictures of the new task; all methods with the most of them
     steps: int = 120  # of fine-tuning
     batch: int = 32
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -75,7 +79,7 @@ QUICK = Settings(
     source_rank=4,
     source_steps=4,
     dim=4,
-    labels=40,
+    labels=(20, 40),
     steps=3,
     learning_rates=(1e-3, 1e-2),
 )
@@ -83,24 +87,40 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: `kind` is base, full, lora, psv, random or attrsub, `size` the rank or the core's side."""
+    """A row of the table: `kind` is base, full, lora, psv, random, dials or attrsub; `size` the rank or core size.
+
+    start: it begins at the consensus of the source adapters, calibrated on the labels, and not at zero. few: it also
+    runs with fewer labels than the most.
+    """
 
     label: str
     kind: str
     size: int = 0
+    start: bool = False
+    few: bool = False
 
 
 def list_methods(settings: Settings) -> list[Method]:
     from digits_data import ATTRIBUTES
 
-    methods = [Method("base model, untuned", "base"), Method("full fine-tuning", "full")]
-    methods += [Method(f"LoRA, rank {rank}", "lora", rank) for rank in (1, 4, 16)]
-    for dim in (settings.dim // 2, settings.dim):
-        side = dim * len(ATTRIBUTES)
-        methods.append(Method(f"cores {side} x {side}, random", "random", side))
-        methods.append(Method(f"cores {side} x {side}, PSV", "psv", side))
-        methods.append(Method(f"cores {side} x {side}, attributes", "attrsub", side))
+    methods = [Method("base model, untuned", "base", few=True), Method("full fine-tuning", "full", few=True)]
+    methods += [Method(f"LoRA, rank {rank}", "lora", rank, few=rank == 4) for rank in (1, 4)]
+    side = settings.dim * len(ATTRIBUTES)
+    methods.append(Method(f"cores {side} x {side}, random", "random", side))
+    methods.append(Method(f"cores {side} x {side}, PSV", "psv", side))
+    methods.append(Method(f"cores {side} x {side}, attributes", "attrsub", side, few=True))
+    methods.append(Method("consensus alone", "base", start=True, few=True))
+    methods.append(Method("full, from the consensus", "full", start=True))
+    methods.append(Method("LoRA, rank 4, from the consensus", "lora", 4, start=True))
+    methods.append(Method("dials, from the consensus", "dials", start=True))
+    methods.append(Method(f"cores {side} x {side}, from the consensus", "attrsub", side, start=True, few=True))
     return methods
+
+
+def list_jobs(settings: Settings) -> list[tuple[Method, int]]:
+    """Every method with every number of labels that it is run with."""
+    methods, most = list_methods(settings), max(settings.labels)
+    return [(method, labels) for labels in settings.labels for method in methods if method.few or labels == most]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,7 +179,7 @@ def run_demo(out: Path, settings: Settings, workers: int) -> Result:
         yield
         seconds[phase] = round(time.perf_counter() - start, 1)
 
-    methods = list_methods(settings)
+    jobs = list_jobs(settings)
     with Workers(workers) as pool:
         with timed("base model"):
             base = pretrain(out, settings)
@@ -170,11 +190,11 @@ def run_demo(out: Path, settings: Settings, workers: int) -> Result:
             build_basis(out, settings)
         with timed("learning rates"):
             rates = settings.learning_rates
-            trials = [(out, settings, m, lr, None) for m in methods if m.kind != "base" for lr in rates]
+            trials = [(out, settings, m, n, lr, None) for m, n in jobs if m.kind != "base" for lr in rates]
             sweep = pool.run(fine_tune, trials, "4/5 learning rates")
-        best = {m.label: best_learning_rate(m, sweep) for m in methods}
+        best = {(m, n): best_learning_rate(m, n, sweep) for m, n in jobs}
         with timed("comparison"):
-            runs = [(out, settings, m, best[m.label], run) for m in methods for run in range(settings.seeds)]
+            runs = [(out, settings, m, n, best[m, n], run) for m, n in jobs for run in range(settings.seeds)]
             results = pool.run(fine_tune, runs, "4/5 comparison")
     with timed("export"):
         export = reload_and_export(out, settings)
@@ -187,7 +207,7 @@ def run_demo(out: Path, settings: Settings, workers: int) -> Result:
         "settings": asdict(settings),
         "base": base,
         "source_adapters": sources,
-        "methods": [table_row(m, best[m.label], results, sweep) for m in methods],
+        "methods": [table_row(m, n, best[m, n], results, sweep) for m, n in jobs],
         "export": export,
         "seconds": seconds,
     }
@@ -264,7 +284,7 @@ def build_basis(out: Path, settings: Settings) -> None:
 # --- 4. The comparison -------------------------------------------------------------------------------------------
 
 
-def fine_tune(out: Path, settings: Settings, method: Method, lr: float, run: int | None) -> Result:
+def fine_tune(out: Path, settings: Settings, method: Method, labels: int, lr: float, run: int | None) -> Result:
     """Tune by one method on the new task. `run=None` is the sweep: pictures of its own, scored on validation.
 
     The training pictures and their order differ between runs and are the same for all methods. The classifier's head
@@ -275,7 +295,7 @@ def fine_tune(out: Path, settings: Settings, method: Method, lr: float, run: int
     from digits_model import accuracy, fit, load_vit, stream
 
     data, generator = splits(settings.seed), stream(settings.seed, "tune", run)
-    few = data["tune"].take(settings.labels, generator)
+    few = data["tune"].take(labels, generator)
     pictures = mixture(few, generator)
 
     def batch() -> tuple[Tensor, Tensor]:
@@ -283,24 +303,66 @@ def fine_tune(out: Path, settings: Settings, method: Method, lr: float, run: int
         return pictures[chosen], few.labels[chosen]
 
     torch.manual_seed(run or 0)
-    model = adapt(load_vit(out / "base"), out, method, seed=run or 0)
+    base = load_vit(out / "base")
+    scales = calibrate(base, out, method, pictures, few.labels) if method.start else {}
+    model = adapt(base, out, method, scales, seed=run or 0)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if trainable:
+    if method.kind == "base":
+        trainable = len(scales)
+    else:
         fit(model, batch, settings.steps, lr)
-    if run == 0 and method == list_methods(settings)[-1]:
+    if run == 0 and (method, labels) == list_jobs(settings)[-1]:
         model.save_pretrained(out / "core")  # part 5 takes it from there
     score = accuracy(model, *held_out(settings, "validation" if run is None else "test"))
-    return {"label": method.label, "lr": lr, "run": run, "trainable": trainable, "accuracy": score}
+    result = {"label": method.label, "labels": labels, "lr": lr, "run": run, "trainable": trainable}
+    return result | {"accuracy": score, "scales": scales}
 
 
-def adapt(model: nn.Module, out: Path, method: Method, seed: int) -> nn.Module:
-    """The base model made ready for `method`."""
+def calibrate(base: nn.Module, out: Path, method: Method, pictures: Tensor, labels: Tensor) -> dict[str, float]:
+    """The consensus' scales that the labeled pictures ask for; `base` is left as it was."""
+    import torch.nn.functional as F
+    from peft import get_peft_model
+
+    from peft_attrsub import calibrate_start
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(pixel_values=batch[0]).logits, batch[1])
+
+    model = get_peft_model(base, consensus(out, method, {}))
+    batches = list(zip(pictures.chunk(4), labels.chunk(4), strict=True))
+    found = calibrate_start(model, batches, loss_fn, verbose=False)
+    model.unload()
+    return found
+
+
+def consensus(out: Path, method: Method, scales: dict[str, float]) -> AttrSubspaceConfig:
+    """Cores of the method that start at the consensus; of every method that has none of its own, all directions."""
+    from digits_data import ATTRIBUTES
+
+    from peft_attrsub import AttrSubspaceConfig
+
+    return AttrSubspaceConfig(
+        basis=str(out / "basis"),
+        dim=method.size // len(ATTRIBUTES) if method.kind == "attrsub" else None,
+        core="dials" if method.kind == "dials" else "full",
+        init_weights="consensus",
+        init_scale=scales or None,
+    )
+
+
+def adapt(model: nn.Module, out: Path, method: Method, scales: dict[str, float], seed: int) -> nn.Module:
+    """The base model made ready for `method`; `scales` are of the consensus that it starts at."""
     from digits_data import ATTRIBUTES
     from digits_model import TARGETS
     from peft import LoraConfig, get_peft_model
 
     from peft_attrsub import AttrSubspaceConfig
 
+    if method.start:
+        started = get_peft_model(model, consensus(out, method, scales))
+        if method.kind in ("attrsub", "dials"):
+            return started
+        model = started.merge_and_unload().requires_grad_(True)  # others train the base, or a LoRA, from there
     if method.kind == "base":
         return model.requires_grad_(False)
     if method.kind == "full":
@@ -323,25 +385,30 @@ def held_out(settings: Settings, split: str) -> tuple[Tensor, Tensor]:
     return mixture(digits, stream(settings.seed, split)), digits.labels
 
 
-def best_learning_rate(method: Method, sweep: list[Result]) -> float:
+def best_learning_rate(method: Method, labels: int, sweep: list[Result]) -> float:
     """The rate with the best validation accuracy, the smaller one of equals; 0 where nothing is trained."""
-    trials = [r for r in sweep if r["label"] == method.label]
+    trials = [r for r in sweep if (r["label"], r["labels"]) == (method.label, labels)]
     return max(trials, key=lambda r: (r["accuracy"], -r["lr"]))["lr"] if trials else 0.0
 
 
-def table_row(method: Method, lr: float, results: list[Result], sweep: list[Result]) -> Result:
-    runs = [r for r in results if r["label"] == method.label]
+def table_row(method: Method, labels: int, lr: float, results: list[Result], sweep: list[Result]) -> Result:
+    runs, trials = (
+        [r for r in rows if (r["label"], r["labels"]) == (method.label, labels)] for rows in (results, sweep)
+    )
     scores = [r["accuracy"] for r in runs]
     return {
         "label": method.label,
+        "labels": labels,
         "kind": method.kind,
         "size": method.size,
+        "start": method.start,
         "trainable": runs[0]["trainable"],
         "learning_rate": lr,
         "accuracy": statistics.mean(scores),
         "std": statistics.stdev(scores) if len(scores) > 1 else 0.0,
         "accuracies": scores,
-        "validation": {str(r["lr"]): r["accuracy"] for r in sweep if r["label"] == method.label},
+        "scales": [r["scales"] for r in runs] if method.start else [],
+        "validation": {str(r["lr"]): r["accuracy"] for r in trials},
     }
 
 
@@ -407,11 +474,12 @@ def print_summary(summary: Result) -> None:
     for attribute in ATTRIBUTES:
         mine = [s for s in summary["source_adapters"] if s["name"].startswith(attribute)]
         print(f"  {attribute:<10}" + "".join(f"  {s['before']:5.1f} -> {s['after']:5.1f}" for s in mine))
-    print(f"\nThe new task, all attributes at once: {settings['labels']} labels, {settings['seeds']} runs")
-    print(f"  {'method':<28}{'trainable':>10}{'rate':>9}{'accuracy %':>12}{'std':>6}")
-    for row in summary["methods"]:
-        rate = f"{row['learning_rate']:g}" if row["trainable"] else "-"
-        print(f"  {row['label']:<28}{row['trainable']:>10,}{rate:>9}{row['accuracy']:>12.1f}{row['std']:>6.1f}")
+    for labels in settings["labels"]:
+        print(f"\nThe new task, all attributes at once: {labels} labels, {settings['seeds']} runs")
+        print(f"  {'method':<34}{'trainable':>10}{'rate':>9}{'accuracy %':>12}{'std':>6}")
+        for row in (row for row in summary["methods"] if row["labels"] == labels):
+            rate = f"{row['learning_rate']:g}" if row["learning_rate"] else "-"
+            print(f"  {row['label']:<34}{row['trainable']:>10,}{rate:>9}{row['accuracy']:>12.1f}{row['std']:>6.1f}")
     print(
         f"\nThe last row exported to LoRA and loaded by stock PEFT: logits up to {export['largest_logit']:.1f}, "
         f"largest difference {export['max_abs_difference']:.1e}"

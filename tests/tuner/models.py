@@ -199,7 +199,7 @@ CASES = [
     Case("mlp-scaled-dropped", Mlp, X, {"target_modules": ["up"], "scaling": 2.5, "dropout": 0.2}),
     Case("mlp-excluded", Mlp, X, {"target_modules": "all-linear", "exclude_modules": ["down"]}),
     Case("shared-names", SharedNames, X, {"target_modules": ["proj"]}),
-    Case("mlp-dials", Mlp, X, {"core": "dials"}),
+    Case("mlp-diagonal", Mlp, X, {"core": "diagonal"}),
     Case("mlp-spectral-blocks", Mlp, X, {"columns": "spectral", "core": "block_diagonal"}),
     Case("stack-layer-1", Stack, X, {"target_modules": ["up", "down"], "layers_to_transform": 1}),
     Case("gpt-conv1d", TokenModel, IDS, {"target_modules": ["mix"], "fan_in_fan_out": True}),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow  # compiling costs tens of seconds
         {"core": "dials"},
         {"target_modules": ["up"], "lora_modules": ["down"], "lora_rank": 2},
     ],
-    ids=["full", "scaled-spectral", "blocks", "beside-lora"],
+    ids=["full", "scaled-spectral", "blocks", "dials", "beside-lora"],
 )
 def test_one_graph_with_the_same_outputs_and_gradients(options):
     torch.compiler.reset()

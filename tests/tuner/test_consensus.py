@@ -34,6 +34,7 @@ from .checks import deltas, layers, same
 ROOT = Path(__file__).resolve().parents[2]
 ATTRIBUTES = ["texture", "geometry"]
 MODULES = ["embed", "conv", "fc", "gpt"]
+PARTS: list[dict[str, Any]] = [{}, {"dim": 2}, {"dim": {"texture": 1, "geometry": 3}}, {"attributes": ["geometry"]}]
 
 
 class Net(nn.Module):
@@ -101,7 +102,7 @@ def masked(layer: Any, attributes: list[str], core: str) -> Tensor:
 
 @pytest.mark.parametrize("core", ["full", "block_diagonal", "diagonal", "dials"])
 @pytest.mark.parametrize("columns", ["orthonormal", "spectral"])
-@pytest.mark.parametrize("part", [{}, {"dim": 2}, {"dim": {"texture": 1, "geometry": 3}}, {"attributes": ["geometry"]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("part", PARTS, ids=str)
 @pytest.mark.parametrize("scale", [None, 0.6, {"geometry": -1.5}], ids=str)
 def test_the_start_is_the_nearest_core_to_the_consensus(mined, core, columns, part, scale):
     if columns == "spectral" and core in ("diagonal", "dials"):
@@ -337,7 +338,7 @@ def test_the_start_is_never_worse_than_zero(mined, seed):
         {
             "ids": torch.randint(0, 30, (4, 6), generator=generator),
             "labels": size * torch.randn(4, 6, 18, generator=generator),
-        }  # fmt: skip
+        }
         for _ in range(1 + seed % 5)
     ]
     model = adapted(mined, init_weights="consensus", init_scale=1e20 if seed == 7 else 50.0)
