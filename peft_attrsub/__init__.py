@@ -12,7 +12,7 @@ from .peft_hook import install
 if TYPE_CHECKING:
     from . import analysis as analysis
     from . import tuner as tuner
-    from .basis import Basis, BasisError, build_basis, psv_basis, random_basis
+    from .basis import Basis, BasisError, build_basis, gradient_basis, psv_basis, random_basis, select_basis
     from .tuner import (
         AttrSubspaceConfig,
         AttrSubspaceModel,
@@ -29,7 +29,15 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            ".basis": ["Basis", "BasisError", "build_basis", "psv_basis", "random_basis"],
+            ".basis": [
+                "Basis",
+                "BasisError",
+                "build_basis",
+                "gradient_basis",
+                "psv_basis",
+                "random_basis",
+                "select_basis",
+            ],
             ".tuner": [
                 "AttrSubspaceConfig",
                 "AttrSubspaceModel",
@@ -64,9 +72,11 @@ __all__ = [
     "disable_attributes",
     "explain_forward",
     "export_lora",
+    "gradient_basis",
     "hotswap_adapter",
     "project_lora",
     "psv_basis",
     "random_basis",
+    "select_basis",
     "set_attribute_scale",
 ]

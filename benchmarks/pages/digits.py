@@ -8,7 +8,8 @@ from pages._words import number, page, plural, prose, table
 
 TITLE = "The demo on digits"
 QUESTION = (
-    "How do cores do against LoRA, PSV, random directions and full fine-tuning on a small task, with equal sweeps?"
+    "What is the consensus start worth on a small task with few labels, and how do cores do against LoRA, PSV, random "
+    "directions and full fine-tuning, with equal sweeps?"
 )
 SCRIPT = "../examples/digits.py"
 HOW = "`make demo-digits`, then `cp demo-output/summary.json benchmarks/results/digits.json`"
@@ -17,38 +18,57 @@ HOW = "`make demo-digits`, then `cp demo-output/summary.json benchmarks/results/
 def markdown(result: dict[str, Any]) -> str:
     settings, methods = result["settings"], result["methods"]
     opening = prose(
-        f"A ViT of {number(result['base']['parameters'])} parameters, {settings['labels']} labels,",
-        f"{settings['steps']} steps; mean and standard deviation of {plural(settings['seeds'], 'run')},",
-        f"the learning rate of every method chosen from {len(settings['learning_rates'])} on a validation split.",
+        f"A ViT of {number(result['base']['parameters'])} parameters, {settings['steps']} steps; mean and standard",
+        f"deviation of {plural(settings['seeds'], 'run')}, the learning rate of every method chosen from",
+        f"{len(settings['learning_rates'])} on a validation split, for each number of labels apart.",
+        '"From the consensus": the model, or the cores, begin at the sum of the attributes\' consensus updates, whose',
+        "four scales `calibrate_start` finds on the same labels; \"consensus alone\" trains nothing else.",
         "Bases from",
         f"{settings['source_adapters']} adapters of rank {settings['source_rank']} per attribute. Before tuning:",
         f"{result['base']['plain_accuracy']:.1f} % on plain digits. The whole demo took",
         f"{number(result['seconds']['total'])} s.",
     )
+    columns = settings["labels"]
+    by_label: dict[str, dict[int, dict[str, Any]]] = {}
+    for method in methods:
+        by_label.setdefault(method["label"], {})[method["labels"]] = method
     rows = [
-        [
-            method["label"],
-            number(method["trainable"]),
-            f"{method['learning_rate']:g}" if method["learning_rate"] else "-",
-            f"{method['accuracy']:.1f} ± {method['std']:.1f}" if method["std"] else f"{method['accuracy']:.1f}",
-        ]
-        for method in methods
+        [label, number(found[max(columns)]["trainable"]), *(_cell(found.get(labels)) for labels in columns)]
+        for label, found in by_label.items()
     ]
-    return page(
-        opening, table(("", "trainable", "learning rate", "accuracy %"), rows), _noise(methods), _export(result)
-    )
+    head = ("accuracy %", "trainable", *(f"{labels} labels" for labels in columns))
+    return page(opening, table(head, rows), _start(result), _scales(methods, max(columns)), _export(result))
 
 
-def _noise(methods: list[dict[str, Any]]) -> str:
-    """How far apart the tuned methods are, in units of how far apart two runs of one method are."""
-    tuned = [method for method in methods if method["kind"] not in ("base", "full")]
-    best, worst = (pick(tuned, key=lambda m: m["accuracy"]) for pick in (max, min))
-    largest = max(method["std"] for method in tuned)
-    return prose(
-        f"Between the best adapter ({best['label']}) and the worst ({worst['label']}) lie",
-        f"{number(best['accuracy'] - worst['accuracy'])} points of accuracy; runs of one method differ by up to",
-        f"{number(largest)} (standard deviation).",
-    )
+def _cell(method: dict[str, Any] | None) -> str:
+    if method is None:
+        return ""
+    return f"{method['accuracy']:.1f} ± {method['std']:.1f}" if method["std"] else f"{method['accuracy']:.1f}"
+
+
+def _start(result: dict[str, Any]) -> str:
+    """What the start is worth: the best from zero against the best from the consensus, for each number of labels."""
+    lines = []
+    for labels in result["settings"]["labels"]:
+        rows = [method for method in result["methods"] if method["labels"] == labels]
+        untuned = next(m for m in rows if m["kind"] == "base" and not m["start"])
+        zero, start = (
+            max((m for m in rows if m["start"] is started and m is not untuned), key=lambda m: m["accuracy"])
+            for started in (False, True)
+        )
+        lines.append(
+            f"{labels} labels: untuned {untuned['accuracy']:.1f}; best from zero {zero['accuracy']:.1f}"
+            f" ({zero['label']}), best from the consensus {start['accuracy']:.1f} ({start['label']})."
+        )
+    return prose(*lines)
+
+
+def _scales(methods: list[dict[str, Any]], labels: int) -> str:
+    alone = next(m for m in methods if m["kind"] == "base" and m["start"] and m["labels"] == labels)
+    names = list(alone["scales"][0])
+    means = {name: sum(run[name] for run in alone["scales"]) / len(alone["scales"]) for name in names}
+    found = ", ".join(f"{name} {means[name]:.2f}" for name in names)
+    return prose(f"Scales found with {labels} labels, mean of {plural(len(alone['scales']), 'run')}: {found}.")
 
 
 def _export(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .build import build_basis
     from .config import BasisConfig
     from .errors import BasisError
+    from .gradient import gradient_basis, select_basis
     from .irls import IrlsSettings, SharedSubspace, shared_subspace
     from .layout import ModuleLayout
     from .weights import psv_basis, random_basis
@@ -24,6 +25,7 @@ else:
             ".build": ["build_basis"],
             ".config": ["BasisConfig"],
             ".errors": ["BasisError"],
+            ".gradient": ["gradient_basis", "select_basis"],
             ".irls": ["IrlsSettings", "SharedSubspace", "shared_subspace"],
             ".layout": ["ModuleLayout"],
             ".weights": ["psv_basis", "random_basis"],
@@ -40,7 +42,9 @@ __all__ = [
     "SharedSubspace",
     "build_basis",
     "effective_rank",
+    "gradient_basis",
     "psv_basis",
     "random_basis",
+    "select_basis",
     "shared_subspace",
 ]

@@ -32,7 +32,7 @@ class SourceRecord:
 class AttributeRecord:
     """How one attribute's subspaces came about.
 
-    kind: "adapters" (mined), "psv", "random" or "factors" (given in memory). sources: the adapters in the
+    kind: "adapters" (mined), "psv", "random", "gradient" or "factors" (given in memory). sources: the adapters in the
     order of the weight tensors. untrained: adapters that were given too and left out, because they were never
     trained. dim, allocation, alpha, eps, max_iter, tol: the settings of `build_basis`. iterations: of IRLS, by
     module. hashes: of U, S, V by module, one sha256 for every 16 directions; record_hashes: one for the spectra,

@@ -25,7 +25,7 @@ def psv_basis(model: nn.Module, dim: int = 16, modules: Modules = None) -> Basis
         model: its modules' weights are read. modules: names, endings or a regex as in PEFT's
             target_modules; None or "all-linear": every linear module.
     """
-    chosen = _chosen(model, dim, modules)
+    chosen = chosen_modules(model, dim, modules)
     found = {name: principal_svd(_matrix(module, name), dim) for name, module in chosen.items()}
     return _from_weights("psv", found, chosen, AttributeRecord("psv", kind="psv", dim=dim), model)
 
@@ -35,7 +35,7 @@ def random_basis(model: nn.Module, dim: int = 16, seed: int = 0, modules: Module
 
     The same seed gives the same basis on every machine; S is 1. Arguments as in `psv_basis`.
     """
-    chosen = _chosen(model, dim, modules)
+    chosen = chosen_modules(model, dim, modules)
     found = {name: random_factors(layout_of(module, name), dim, seed, name) for name, module in chosen.items()}
     record = AttributeRecord("random", kind="random", dim=dim, seed=seed)
     return _from_weights("random", found, chosen, record, model)
@@ -93,7 +93,7 @@ def _matrix(module: nn.Module, name: str) -> Tensor:
     return layout.as_matrix(weight.detach(), fan_in_fan_out=isinstance(module, Conv1D))
 
 
-def _chosen(model: nn.Module, dim: int, modules: Modules) -> dict[str, nn.Module]:
+def chosen_modules(model: nn.Module, dim: int, modules: Modules) -> dict[str, nn.Module]:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     if not isinstance(dim, int) or dim < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import BasisError
+from ..basis.task_loss import LossFn, model_loss, scalar, summed
 from .config import AttrSubspaceConfig
 from .dials import adapters_of, check_unmerged
 from .factors import disassemble
@@ -18,7 +19,6 @@ from .places import Place
 from .provider import BasisProvider
 from .start import CONSENSUS, Start, scales_of
 
-LossFn = Callable[[Any, Any], Tensor]
 # Batches from which on every second one is held out to stop early.
 _ENOUGH = 4
 # Steps without a better loss on the held-out batches after which the search ends, and what counts as better.
@@ -72,7 +72,7 @@ def calibrate_start(
     name, config, cored = adapters[0]
     check_unmerged(name, cored)
     scales, directions = _directions(name, config, cored)
-    search = _Search(model, loss_fn or _loss, name, cored, list(scales), directions, per == "module")
+    search = _Search(model, loss_fn or model_loss, name, cored, list(scales), directions, per == "module")
     first = search.point(scales)
     with _only_cores(model, [place.layer.attrsub_M[name].weight for place in cored]):
         best = _minimize(search, first, given, max_steps)
@@ -157,8 +157,8 @@ class _Search:
     def loss(self, point: Tensor, batches: Sequence[Any]) -> float:
         """Mean over batches."""
         self.write(point)
-        losses = [float(_checked(self._loss_fn(self._model, batch))) for batch in batches]
-        return _finite(_averaged(torch.tensor([sum(losses) / len(losses)], dtype=torch.float64)))
+        losses = [float(scalar(self._loss_fn(self._model, batch))) for batch in batches]
+        return _finite(_mean(torch.tensor([sum(losses) / len(losses)], dtype=torch.float64)))
 
     def loss_and_gradient(self, point: Tensor, batches: Sequence[Any]) -> tuple[float, Tensor]:
         self.write(point)
@@ -166,7 +166,7 @@ class _Search:
             core.grad = None
         total = 0.0
         for batch in batches:
-            loss = _checked(self._loss_fn(self._model, batch)) / len(batches)
+            loss = scalar(self._loss_fn(self._model, batch)) / len(batches)
             loss.backward()
             total += float(loss.detach())
         # dL / ds_a = sum over modules of <dL / dM, M_a>
@@ -176,7 +176,7 @@ class _Search:
         ]
         table = torch.tensor(rows, dtype=torch.float64, device="cpu")
         gradient = table.reshape(-1) if self._by_module else table.sum(0)
-        both = _averaged(torch.cat([torch.tensor([total], dtype=torch.float64), gradient]))
+        both = _mean(torch.cat([torch.tensor([total], dtype=torch.float64), gradient]))
         value = _finite(both[:1])
         return value, both[1:] if value < _VERY_BAD else torch.zeros_like(both[1:])
 
@@ -229,32 +229,9 @@ def _only_cores(model: nn.Module, cores: Sequence[nn.Parameter]) -> Iterator[Non
             module.training = training
 
 
-def _loss(model: Any, batch: Any) -> Tensor:
-    device = next(model.parameters()).device
-    found = model(**{key: x.to(device) if isinstance(x, Tensor) else x for key, x in batch.items()})
-    loss = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            f"the model returned a {type(found).__name__} without a loss: put labels into the batches or give loss_fn."
-        )
-    return loss
-
-
-def _checked(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"loss_fn must return a scalar tensor, got {what}.")
-    return loss.reshape(())
-
-
-def _averaged(values: Tensor) -> Tensor:
+def _mean(values: Tensor) -> Tensor:
     """The mean over processes, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        moved = values.to(device)
-        torch.distributed.all_reduce(moved)
-        values = moved.cpu() / torch.distributed.get_world_size()
-    return values
+    return summed(values) / float(summed(values.new_ones(1)))
 
 
 def _finite(value: Tensor) -> float:
