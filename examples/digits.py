@@ -330,7 +330,7 @@ def calibrate(base: nn.Module, out: Path, method: Method, pictures: Tensor, labe
 
     model = get_peft_model(base, consensus(out, method, {}))
     batches = list(zip(pictures.chunk(4), labels.chunk(4), strict=True))
-    found = calibrate_start(model, batches, loss_fn, verbose=False)
+    found = calibrate_start(model, batches, loss_fn, max_steps=8, verbose=False)
     model.unload()
     return found
 

@@ -37,7 +37,8 @@ def markdown(result: dict[str, Any]) -> str:
         for label, found in by_label.items()
     ]
     head = ("accuracy %", "trainable", *(f"{labels} labels" for labels in columns))
-    return page(opening, table(head, rows), _start(result), _scales(methods, max(columns)), _export(result))
+    figure = "![Accuracy against trained numbers, from zero and from the consensus](figures/digits.png)"
+    return page(opening, table(head, rows), figure, _start(result), _scales(methods, max(columns)), _export(result))
 
 
 def _cell(method: dict[str, Any] | None) -> str:
@@ -77,3 +78,38 @@ def _export(result: dict[str, Any]) -> str:
         "Exported to LoRA and loaded by stock PEFT, the logits differ by",
         f"{number(export['max_abs_difference'])} at most, of {number(export['largest_logit'])}.",
     )
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy against trained numbers, a panel per number of labels: filled from the consensus, open from zero."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    labels, methods = result["settings"]["labels"], result["methods"]
+    figure = Figure(figsize=(3.6 * len(labels), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(labels), squeeze=False, sharex=True, sharey=True)[0]
+    colors = {"full": "C3", "lora": "C1", "attrsub": "C0", "dials": "C2", "psv": "C4", "random": "C7", "base": "k"}
+    names = {"full": "full", "lora": "LoRA", "attrsub": "mined cores", "dials": "dials", "psv": "PSV cores"}
+    names |= {"random": "random cores", "base": "consensus alone"}
+    for axes, count in zip(panels, labels, strict=True):
+        rows = [method for method in methods if method["labels"] == count]
+        untuned = next(row for row in rows if row["kind"] == "base" and not row["start"])
+        axes.axhline(untuned["accuracy"], color="0.6", linewidth=1)
+        for row in rows:
+            if row is untuned:
+                continue
+            color = colors[row["kind"]]
+            face = color if row["start"] else "none"
+            at = (row["trainable"], row["accuracy"])
+            axes.errorbar(*at, yerr=row["std"], fmt="o", color=color, markerfacecolor=face, markersize=7)
+        axes.set(xscale="log", xlabel="trained numbers", title=f"{count} labels")
+    panels[0].set_ylabel("accuracy %")
+    present = [kind for kind in names if any(method["kind"] == kind for method in methods)]
+    handles = [Line2D([], [], marker="o", linestyle="", color=colors[kind], label=names[kind]) for kind in present]
+    handles += [
+        Line2D([], [], marker="o", linestyle="", color="0.4", label="from the consensus"),
+        Line2D([], [], marker="o", linestyle="", color="0.4", markerfacecolor="none", label="from zero"),
+        Line2D([], [], color="0.6", linewidth=1, label="untuned"),
+    ]
+    figure.legend(handles=handles, loc="outside right center", fontsize="small")
+    return {"digits": figure}

@@ -227,6 +227,8 @@ def test_ten_steps_of_nan_in_a_row_end_the_run(
         (["--method", "random", "--image-size", "60"], "no multiple of 14"),
         (["--method", "attrsub"], "--basis is missing"),
         (["--method", "attrsub", "--basis", "no-such-basis-folder"], "no-such-basis-folder"),
+        (["--method", "random", "--start", "consensus"], "--start consensus needs method attrsub"),
+        (["--method", "attrsub", "--basis", "b", "--calibrate", "1"], "--calibrate needs --start consensus"),
         (["--method", "lorra"], "invalid choice: 'lorra'"),
         (["--method", "lora", "--data", "no-such-folder"], "no-such-folder is no folder"),
         (
@@ -311,6 +313,32 @@ def test_a_cluster_of_adapters_is_tagged_and_made_once(
 
 
 @pytest.mark.slow
+def test_a_run_from_the_consensus_begins_where_calibration_says(
+    script: ModuleType, scenes: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from peft_attrsub import build_basis
+
+    sources = []
+    for seed in range(2):
+        source = tmp_path / f"texture-{seed}"
+        assert (
+            script.main(arguments(scenes, base, source, "--method", "lora", "--rank", "2", "--seed", str(seed))) == 0
+        )
+        sources.append(source / "adapter")
+    build_basis({"texture": sources}, dim=2, progress=False).save_pretrained(tmp_path / "basis")
+    tuned = ("--method", "attrsub", "--basis", str(tmp_path / "basis"), "--missing", "skip", "--heads", "frozen")
+    starts = {"zero": (), "start": ("--start", "consensus", "--start-scale", "0.5")}
+    starts["calibrated"] = (*starts["start"], "--calibrate", "1")
+    capsys.readouterr()
+    for name, more in starts.items():
+        assert script.main(arguments(scenes, base, tmp_path / name, *tuned, *more)) == 0
+        assert ("calibrate_start: loss " in capsys.readouterr().out) == (name == "calibrated")
+    first = {name: log(tmp_path / name)[0]["loss/loss"] for name in starts}
+    assert len(set(first.values())) == 3 and first["calibrated"] <= first["zero"] * 1.001
+    config = json.loads((tmp_path / "calibrated/adapter/adapter_config.json").read_text())
+    assert config["init_weights"] == "consensus" and set(config["init_scale"]) == {"texture"}
+
+
 def test_from_datasets_to_a_table(tmp_path: Path) -> None:
     """The paper's whole way in its smallest form, by the commands that README gives."""
     pytest.importorskip("open3d", reason="the ray caster needs it")

@@ -287,6 +287,8 @@ def _cores(
     if settings.method == "attrsub":
         basis = settings.basis or []
         shared |= {"basis": basis[0] if len(basis) == 1 else basis, "attributes": settings.attributes}
+        if settings.start == "consensus":
+            shared |= {"init_weights": "consensus", "init_scale": settings.start_scale}
     cores, lora = list(body), head if _heads(settings) == "lora" else []
     if _heads(settings) == "cores":
         small = _too_small(model, AttrSubspaceConfig(**shared), head, settings.core_min_side)

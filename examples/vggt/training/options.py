@@ -42,7 +42,16 @@ class ModelSettings:
     basis: list[str] | None = _set(None, "attrsub: folder or Hub id of the basis; several are put side by side")
     attributes: list[str] | None = _set(None, "attrsub: which attributes of the basis, in this order (None: all)")
     dim: list[str] | None = _set(None, "directions per attribute: 16, or texture=16 geometry=32 (None: all; 16)")
-    core: Literal["full", "block_diagonal"] = _set("full", "whether attributes may mix")
+    core: Literal["full", "block_diagonal", "diagonal", "dials"] = _set(
+        "full", "full: attributes may mix; diagonal: a number per direction; dials: one per attribute"
+    )
+    start: Literal["zero", "consensus"] = _set(
+        "zero", "attrsub: where cores start; consensus: where the sources agree"
+    )
+    start_scale: float | None = _set(
+        None, "start=consensus: factor of each attribute's consensus (None: 1 / their number)"
+    )
+    calibrate: int = _set(0, "start=consensus: steps of data on which the factors are found before training (0: none)")
     columns: Literal["orthonormal", "spectral"] = _set("orthonormal", "of the bases; spectral: strong ones are longer")
     missing: Literal["error", "skip"] = _set("error", "what to do with a matrix of the aggregator the basis lacks")
     heads: Heads | None = _set(None, "what camera and depth head carry (None: full with method full, else lora)")
@@ -76,6 +85,7 @@ class ModelSettings:
         if isinstance(self.dims, dict) and self.method != "attrsub":
             raise ValueError(f"--dim {' '.join(self.dim or [])} is by attribute, which {self.method} has not.")
         self._check_heads()
+        self._check_start()
         _at_least("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout {self.dropout} is outside [0, 1).")
@@ -94,6 +104,17 @@ class ModelSettings:
                 re.compile(self.exclude)
             except re.error as error:
                 raise ValueError(f"--exclude {self.exclude!r} is no regular expression: {error}.") from error
+
+    def _check_start(self) -> None:
+        _one_of("start", self.start, ("zero", "consensus"))
+        if self.start == "consensus" and self.method != "attrsub":
+            raise ValueError(
+                f"--start consensus needs method attrsub: method {self.method} has no sources that agree."
+            )
+        for name in ("start_scale", "calibrate"):
+            if getattr(self, name) and self.start != "consensus":
+                raise ValueError(f"--{name.replace('_', '-')} needs --start consensus.")
+        _at_least("calibrate", self.calibrate, 0)
 
     def _check_heads(self) -> None:
         if self.heads is None:

@@ -25,6 +25,7 @@ import yaml
 from _model import identify, load_base, load_config
 from accelerate import Accelerator
 
+from peft_attrsub import calibrate_start
 from peft_attrsub.basis.identity import BaseIdentity
 from peft_attrsub.datasets import MultiViewDataset
 from peft_attrsub.evaluation.files import write_atomically
@@ -216,13 +217,6 @@ class _Work:
         )
         rank, world = accelerator.process_index, accelerator.num_processes
         self.batches = TrainingData(dataset, learn, plan, Augmentation.of(data), rank, world)
-        optimizer = torch.optim.AdamW(
-            built.optimizer_groups(train.lora_a_ratio),
-            lr=train.lr,
-            betas=(train.beta1, train.beta2),
-            weight_decay=train.weight_decay,
-        )
-        self.model, self.optimizer = accelerator.prepare(built.model, optimizer)
         self.loss = VggtLoss(
             camera_weight=train.camera_weight,
             depth_weight=train.depth_weight,
@@ -230,10 +224,37 @@ class _Work:
             quantile=None if train.quantile == 1 else train.quantile,
             nonfinite="skip",
         )
+        if built.settings.calibrate and checkpoints.latest(self.folder) is None:
+            self.calibrate()
+        optimizer = torch.optim.AdamW(
+            built.optimizer_groups(train.lora_a_ratio),
+            lr=train.lr,
+            betas=(train.beta1, train.beta2),
+            weight_decay=train.weight_decay,
+        )
+        self.model, self.optimizer = accelerator.prepare(built.model, optimizer)
         self.guard = NanGuard(out, train.max_skipped)
         self.ema = Ema(built.model, train.ema) if train.ema else None
         self.best: float | None = None
         self.seconds, self.images = 0.0, 0
+
+    def calibrate(self) -> None:
+        """Find the scales of the consensus start on the data of the first steps, which training then begins with."""
+        device, model = self.accelerator.device, self.built.model
+        steps = read_steps(self.batches, 0, self.built.settings.calibrate, workers=0)
+        batches = [
+            {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+            for _, micro in steps
+            for batch in micro
+        ]
+
+        def loss_fn(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+            dtype = self.precision.dtype
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                output = model(pixel_values=batch["images"])
+            return self.loss(output, batch).total
+
+        calibrate_start(model.to(device), batches, loss_fn, verbose=self.accelerator.is_main_process)
 
     def go(self, stopper: Stopper, told: str) -> dict[str, Any]:
         """Every step that is left, or those up to a signal. told: the line about the precision."""
