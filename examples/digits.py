@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from digits_data import Digits
     from torch import Tensor, nn
 
@@ -188,13 +189,23 @@ def run_demo(out: Path, settings: Settings, workers: int) -> Result:
             sources = pool.run(train_source_adapter, wanted, "2/5 source adapters")
         with timed("build-basis"):
             build_basis(out, settings)
+        with timed("calibration"):
+            drawings = [(n, run) for n in settings.labels for run in (None, *range(settings.seeds))]
+            found = pool.run(calibrate, [(out, settings, *drawing) for drawing in drawings], "4/5 calibration")
+            scales = dict(zip(drawings, found, strict=True))
         with timed("learning rates"):
             rates = settings.learning_rates
-            trials = [(out, settings, m, n, lr, None) for m, n in jobs if m.kind != "base" for lr in rates]
+            trials = [
+                (out, settings, m, n, lr, None, scales[n, None]) for m, n in jobs if m.kind != "base" for lr in rates
+            ]
             sweep = pool.run(fine_tune, trials, "4/5 learning rates")
         best = {(m, n): best_learning_rate(m, n, sweep) for m, n in jobs}
         with timed("comparison"):
-            runs = [(out, settings, m, n, best[m, n], run) for m, n in jobs for run in range(settings.seeds)]
+            runs = [
+                (out, settings, m, n, best[m, n], run, scales[n, run])
+                for m, n in jobs
+                for run in range(settings.seeds)
+            ]
             results = pool.run(fine_tune, runs, "4/5 comparison")
     with timed("export"):
         export = reload_and_export(out, settings)
@@ -284,43 +295,23 @@ def build_basis(out: Path, settings: Settings) -> None:
 # --- 4. The comparison -------------------------------------------------------------------------------------------
 
 
-def fine_tune(out: Path, settings: Settings, method: Method, labels: int, lr: float, run: int | None) -> Result:
-    """Tune by one method on the new task. `run=None` is the sweep: pictures of its own, scored on validation.
+def drawing(settings: Settings, labels: int, run: int | None) -> tuple[Tensor, Tensor, torch.Generator]:
+    """The labeled pictures of a run, the same for all methods, and the generator that drew them.
 
-    The training pictures and their order differ between runs and are the same for all methods. The classifier's head
-    is frozen in all but full fine-tuning, as it was for the source adapters.
+    `run=None` is the sweep, which has pictures of its own.
     """
-    import torch
     from digits_data import mixture
-    from digits_model import accuracy, fit, load_vit, stream
+    from digits_model import stream
 
-    data, generator = splits(settings.seed), stream(settings.seed, "tune", run)
-    few = data["tune"].take(labels, generator)
-    pictures = mixture(few, generator)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        chosen = torch.randperm(len(few), generator=generator)[: settings.batch]
-        return pictures[chosen], few.labels[chosen]
-
-    torch.manual_seed(run or 0)
-    base = load_vit(out / "base")
-    scales = calibrate(base, out, method, pictures, few.labels) if method.start else {}
-    model = adapt(base, out, method, scales, seed=run or 0)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if method.kind == "base":
-        trainable = len(scales)
-    else:
-        fit(model, batch, settings.steps, lr)
-    if run == 0 and (method, labels) == list_jobs(settings)[-1]:
-        model.save_pretrained(out / "core")  # part 5 takes it from there
-    score = accuracy(model, *held_out(settings, "validation" if run is None else "test"))
-    result = {"label": method.label, "labels": labels, "lr": lr, "run": run, "trainable": trainable}
-    return result | {"accuracy": score, "scales": scales}
+    generator = stream(settings.seed, "tune", run)
+    few = splits(settings.seed)["tune"].take(labels, generator)
+    return mixture(few, generator), few.labels, generator
 
 
-def calibrate(base: nn.Module, out: Path, method: Method, pictures: Tensor, labels: Tensor) -> dict[str, float]:
-    """The consensus' scales that the labeled pictures ask for; `base` is left as it was."""
+def calibrate(out: Path, settings: Settings, labels: int, run: int | None) -> dict[str, float]:
+    """The scales of the consensus that the labeled pictures of a run ask for."""
     import torch.nn.functional as F
+    from digits_model import load_vit
     from peft import get_peft_model
 
     from peft_attrsub import calibrate_start
@@ -328,26 +319,54 @@ def calibrate(base: nn.Module, out: Path, method: Method, pictures: Tensor, labe
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(pixel_values=batch[0]).logits, batch[1])
 
-    model = get_peft_model(base, consensus(out, method, {}))
-    batches = list(zip(pictures.chunk(4), labels.chunk(4), strict=True))
-    found = calibrate_start(model, batches, loss_fn, max_steps=8, verbose=False)
-    model.unload()
-    return found
+    pictures, answers, _ = drawing(settings, labels, run)
+    batches = list(zip(pictures.chunk(4), answers.chunk(4), strict=True))
+    model = get_peft_model(load_vit(out / "base"), consensus(out, "full", {}))
+    return calibrate_start(model, batches, loss_fn, max_steps=8, verbose=False)
 
 
-def consensus(out: Path, method: Method, scales: dict[str, float]) -> AttrSubspaceConfig:
-    """Cores of the method that start at the consensus; of every method that has none of its own, all directions."""
-    from digits_data import ATTRIBUTES
+def fine_tune(
+    out: Path,
+    settings: Settings,
+    method: Method,
+    labels: int,
+    lr: float,
+    run: int | None,
+    scales: dict[str, float],
+) -> Result:
+    """Tune by one method on the new task. `run=None` is the sweep: pictures of its own, scored on validation.
 
+    The training pictures and their order differ between runs and are the same for all methods. The classifier's head
+    is frozen in all but full fine-tuning, as it was for the source adapters. scales: of the consensus.
+    """
+    import torch
+    from digits_model import accuracy, fit, load_vit
+
+    pictures, answers, generator = drawing(settings, labels, run)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        chosen = torch.randperm(len(answers), generator=generator)[: settings.batch]
+        return pictures[chosen], answers[chosen]
+
+    torch.manual_seed(run or 0)
+    model = adapt(load_vit(out / "base"), out, method, scales, seed=run or 0)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if method.kind == "base":
+        trainable = len(scales) if method.start else 0
+    else:
+        fit(model, batch, settings.steps, lr)
+    if run == 0 and (method, labels) == list_jobs(settings)[-1]:
+        model.save_pretrained(out / "core")  # part 5 takes it from there
+    score = accuracy(model, *held_out(settings, "validation" if run is None else "test"))
+    result = {"label": method.label, "labels": labels, "lr": lr, "run": run, "trainable": trainable}
+    return result | {"accuracy": score, "scales": scales if method.start else {}}
+
+
+def consensus(out: Path, core: str, scales: dict[str, float]) -> AttrSubspaceConfig:
+    """Cores in the mined basis that start at the consensus of its attributes."""
     from peft_attrsub import AttrSubspaceConfig
 
-    return AttrSubspaceConfig(
-        basis=str(out / "basis"),
-        dim=method.size // len(ATTRIBUTES) if method.kind == "attrsub" else None,
-        core="dials" if method.kind == "dials" else "full",
-        init_weights="consensus",
-        init_scale=scales or None,
-    )
+    return AttrSubspaceConfig(basis=str(out / "basis"), core=core, init_weights="consensus", init_scale=scales or None)
 
 
 def adapt(model: nn.Module, out: Path, method: Method, scales: dict[str, float], seed: int) -> nn.Module:
@@ -359,7 +378,7 @@ def adapt(model: nn.Module, out: Path, method: Method, scales: dict[str, float],
     from peft_attrsub import AttrSubspaceConfig
 
     if method.start:
-        started = get_peft_model(model, consensus(out, method, scales))
+        started = get_peft_model(model, consensus(out, "dials" if method.kind == "dials" else "full", scales))
         if method.kind in ("attrsub", "dials"):
             return started
         model = started.merge_and_unload().requires_grad_(True)  # others train the base, or a LoRA, from there

@@ -6,8 +6,9 @@ alpha_pattern, exactly as PEFT matches them. Only safetensors and JSON are read.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from math import sqrt
@@ -19,22 +20,25 @@ import torch
 from torch import Tensor
 
 from .._files import readable
+from .adapter_keys import Pair, classify, told
 from .errors import BasisError
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_sha256
 from .hub import fetch
 from .identity import BaseIdentity, adapter_base
 from .layout import ModuleLayout
-from .naming import OUTPUTS, natural_key, saved_names, some, strip_peft_prefix
+from .naming import OUTPUTS, saved_names, some, strip_peft_prefix
 from .tensor_file import TensorFile
+from .typed_json import Values, read_object, shown
 
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
-_PAIRS = {
-    ".lora_A.weight": (".lora_B.weight", False),
-    ".lora_embedding_A": (".lora_embedding_B", True),
-}
+INDEX = f"{WEIGHTS}.index.json"
+#: PEFT's default where a config has no lora_alpha.
+_DEFAULT_ALPHA = 8.0
+_ADVICE = "copy or save the adapter again"
 # Settings under which lora_B @ lora_A is not the change of the base weight.
 _REFUSED = {
     "use_dora": "DoRA rescales the weight's columns, so its update is not low-rank",
+    "alora_invocation_tokens": "an activated LoRA changes the model only after certain tokens",
     "lora_bias": "lora_bias adds a bias to lora_B, which a basis cannot hold",
     "target_parameters": "target_parameters (MoE experts) adapts stacked parameters, which a basis cannot hold",
     "use_qalora": "QA-LoRA pools the input, so lora_A does not match the weight's shape",
@@ -56,6 +60,17 @@ class LoraEntry:
     rank: int
     scaling: float
     layout: ModuleLayout
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """How a config scales its LoRA; patterns by module, as PEFT matches them."""
+
+    rank: int | None
+    alpha: float
+    rank_stabilized: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
 
 
 class _Unusable(Exception):
@@ -80,8 +95,8 @@ class LoraAdapter:
     """A saved LoRA adapter. Opening reads the config and the names; `read` reads one module.
 
     Args:
-        source: a folder, a Hub id (`user/name`, `user/name@revision`) or a .safetensors file with
-            adapter_config.json beside it.
+        source: a folder, a Hub id (`user/name`, `user/name@revision`) or a .safetensors file, with
+            adapter_config.json beside it unless the file holds its own alphas (the layouts of kohya and diffusers).
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
@@ -93,13 +108,22 @@ class LoraAdapter:
                 raise BasisError(f"adapter file {self.source!r} does not exist.")
             self.path, folder = path, path.parent
         else:
-            folder, self.revision = fetch(self.source, [WEIGHTS, CONFIG], "adapter")
-            self.path = folder / WEIGHTS
-        self.config = self._read_config(folder)
+            patterns = [WEIGHTS, CONFIG, INDEX, "adapter_model-*.safetensors"]
+            folder, self.revision = fetch(self.source, patterns, "adapter")
+            sharded = not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file()
+            self.path = folder / (INDEX if sharded else WEIGHTS)
+        has_config = (folder / CONFIG).is_file()
+        self.config: dict[str, Any] = self._read_config(folder / CONFIG) if has_config else {}
+        self._scaling = self._read_scaling(folder / CONFIG)
+        if not has_config and not self._needs_no_config():
+            raise BasisError(
+                f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown."
+            )
         self._check_weights(folder)
+        self._shards = _shards(self.path) if self.path.name == INDEX else [self.path]
         #: Modules whose LoRA cannot be mined, and why; an error only where such a module is asked for.
         self.unusable: dict[str, str] = {}
-        self._file: TensorFile | None = None
+        self._files: dict[str, TensorFile] | None = None
         self._depth = 0
         with self:
             self.entries = self._index()
@@ -128,14 +152,16 @@ class LoraAdapter:
         return list(self.entries)
 
     def sha256(self) -> str:
-        return file_sha256(self.path)
+        """Of its tensor file; of a sharded one over the hashes of all shards."""
+        if len(self._shards) == 1:
+            return file_sha256(self._shards[0])
+        return hashlib.sha256("\n".join(map(file_sha256, self._shards)).encode()).hexdigest()
 
     def read(self, module: str) -> tuple[Tensor, Tensor]:
         """P (n x r) and Q (m x r) with dW = P Q^T; the scaling is in P."""
         entry = self.entries[module]
         with self:
-            assert self._file is not None
-            a, b = self._file.read(entry.key_a), self._file.read(entry.key_b)
+            a, b = self._tensor(entry.key_a), self._tensor(entry.key_b)
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
         a, b = a.to(wide), b.to(wide)
         if not _finite(a) or not _finite(b):
@@ -145,10 +171,21 @@ class LoraAdapter:
         left = b.reshape(entry.layout.n, entry.rank) * entry.scaling
         return left, a.reshape(entry.rank, entry.layout.m).T
 
+    def _tensor(self, key: str) -> Tensor:
+        assert self._files is not None
+        tensor = self._files[key].read(key)
+        if not tensor.is_floating_point():
+            raise BasisError(
+                f"adapter {self.source!r} stores {key!r} as {str(tensor.dtype).removeprefix('torch.')}, which are "
+                "codes and not values: save it again in a floating-point dtype."
+            )
+        return tensor
+
     def __enter__(self) -> LoraAdapter:
-        """Hold the file open: several reads then cost one opening. Re-entrant; threads may read inside of it."""
-        if self._file is None:
-            self._file = TensorFile(self.path, "copy or download the adapter again")
+        """Hold the files open: several reads then cost one opening. Re-entrant; threads may read inside of it."""
+        if self._files is None:
+            opened = [TensorFile(shard, "copy or download the adapter again") for shard in self._shards]
+            self._files = {key: file for file in opened for key in file.entries}
         self._depth += 1
         return self
 
@@ -157,23 +194,21 @@ class LoraAdapter:
     ) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._file = None
+            self._files = None
 
-    def _read_config(self, folder: Path) -> dict[str, Any]:
-        path = folder / CONFIG
-        if not path.is_file():
-            raise BasisError(
-                f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown."
-            )
-        try:
-            config = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise BasisError(f"{str(path)!r} is not valid JSON: {error}.") from error
-        if not isinstance(config, dict):
-            raise BasisError(f"{str(path)!r} holds {config!r}, expected the JSON object that PEFT saves.")
+    def _needs_no_config(self) -> bool:
+        """Whether the file says itself how its LoRA is scaled."""
+        if self.path.suffix != ".safetensors" or not self.path.is_file():
+            return False
+        return classify(TensorFile(self.path, "copy or download the adapter again").entries, self.source).holds_alpha
+
+    def _read_config(self, path: Path) -> dict[str, Any]:
+        config = read_object(path, _ADVICE)
         kind = str(config.get("peft_type")).upper().rpartition(".")[2]
         if kind != "LORA":
-            raise BasisError(f"adapter {self.source!r} is of PEFT type {kind!r}: a basis is mined from LORA adapters.")
+            raise BasisError(
+                f"adapter {self.source!r} is of PEFT type {shown(kind)}: a basis is mined from LORA adapters."
+            )
         for key, reason in _REFUSED.items():
             if config.get(key):
                 raise BasisError(f"adapter {self.source!r} uses {key}: {reason}; train it without {key}.")
@@ -183,15 +218,35 @@ class LoraAdapter:
                 f"adapter {self.source!r} was initialised by {start!r}, which moves a part of the base weight "
                 "into it: convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) first."
             )
-        extras = [k for k in ("modules_to_save", "trainable_token_indices") if config.get(k)]
-        extras += ["bias"] if config.get("bias", "none") != "none" else []
-        if extras:
-            warnings.warn(
-                f"adapter {self.source!r} also trained {', '.join(extras)}, which a basis does not hold; "
-                "only its LoRA is mined.",
-                stacklevel=3,
-            )
+        values = Values(config, repr(str(path)))
+        for key in ("base_model_name_or_path", "revision", "task_type"):
+            values.line(key)
         return config
+
+    def _read_scaling(self, path: Path) -> _Scaling:
+        values = Values(self.config, repr(str(path)))
+        found = _Scaling(
+            values.integer("r", 1),
+            values.number("lora_alpha", _DEFAULT_ALPHA) or 0.0,
+            values.flag("use_rslora"),
+            values.integers_by_name("rank_pattern", 1),
+            values.numbers_by_name("alpha_pattern"),
+        )
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in values.table(key):
+                try:
+                    re.compile(pattern)
+                except (re.error, OverflowError, RecursionError) as error:
+                    raise BasisError(
+                        f"{values.where}: {key} has the key {shown(pattern)}, which is not a regular expression "
+                        f"({error})."
+                    ) from error
+        return found
+
+    def _declared_extras(self) -> list[str]:
+        """What the config says was trained next to the LoRA."""
+        extras = [key for key in ("modules_to_save", "trainable_token_indices") if self.config.get(key)]
+        return extras + (["bias"] if self.config.get("bias") not in (None, "none") else [])
 
     def _check_weights(self, folder: Path) -> None:
         if self.path.is_file():
@@ -200,73 +255,103 @@ class LoraAdapter:
         raise BasisError(f"adapter {self.source!r} has no {WEIGHTS}.")
 
     def _index(self) -> dict[str, LoraEntry]:
-        assert self._file is not None
-        shapes = {name: entry.shape for name, entry in self._file.entries.items()}
-        keys = set(shapes)
-        if any("lora_magnitude_vector" in key for key in keys):
-            raise BasisError(f"adapter {self.source!r} uses use_dora: {_REFUSED['use_dora']}.")
-        found = {}
-        for key in sorted(keys, key=natural_key):
-            for ending in _PAIRS:
-                if key.endswith(ending):
-                    found[key.removesuffix(ending)] = ending
+        assert self._files is not None
+        shapes = {key: file.entries[key].shape for key, file in self._files.items()}
+        saved = self.config.get("modules_to_save")
+        keys = classify(shapes, self.source, saved if isinstance(saved, list) else ())
         try:
-            names = saved_names(found)
+            names = saved_names(keys.pairs)
         except BasisError as error:
             raise BasisError(f"adapter {self.source!r}: {error}") from error
         entries = {}
-        for stem, ending in found.items():
-            key, name, (partner, embedding) = stem + ending, names[stem], _PAIRS[ending]
-            if stem + partner not in keys:
-                raise BasisError(f"adapter {self.source!r} has {key!r} but lacks {stem + partner!r}.")
+        for stem, pair in keys.pairs.items():
+            name = names[stem]
             try:
-                entries[name] = self._entry(name, key, stem + partner, shapes, embedding)
+                entries[name] = self._entry(name, stem, pair, shapes, keys.holds_alpha)
             except _Unusable as reason:
                 self.unusable[name] = str(reason)
         if not entries and self.unusable:
             raise BasisError(next(iter(self.unusable.values())))
         if not entries:
-            raise BasisError(f"adapter {self.source!r} holds no LoRA tensors (found {some(sorted(keys))}).")
+            raise BasisError(f"adapter {self.source!r} holds no LoRA tensors (found {some(sorted(shapes))}).")
+        for line in told(keys, self._declared_extras(), self.source):
+            warnings.warn(line, stacklevel=3)
+        if keys.layout == "kohya" and any("_" in name and "." not in name for name in entries):
+            warnings.warn(
+                f"adapter {self.source!r} has kohya's module names, such as {next(iter(entries))!r}: a basis of it is "
+                "for other adapters with these names, and for a model only once they are mapped to the model's own.",
+                stacklevel=3,
+            )
         return entries
 
     def _entry(
-        self, name: str, key_a: str, key_b: str, shapes: dict[str, tuple[int, ...]], embedding: bool
+        self, name: str, stem: str, pair: Pair, shapes: dict[str, tuple[int, ...]], holds_alpha: bool
     ) -> LoraEntry:
-        shape_a, shape_b = shapes[key_a], shapes[key_b]
-        if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= 5:
+        shape_a, shape_b = shapes[pair.first], shapes[pair.second]
+        where = f"adapter {self.source!r}, module {name!r}"
+        if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= 5 or 0 in (*shape_a, *shape_b):
+            raise BasisError(f"{where}: shapes {shape_a}, {shape_b} are not LoRA factors.")
+        if len(shape_a) == 3 and any(part in name.split(".") for part in ("experts", "mlp1", "mlp2")):
             raise BasisError(
-                f"adapter {self.source!r}, module {name!r}: shapes {shape_a}, {shape_b} are no LoRA factors."
+                f"{where}: 3-d factors {shape_a}, {shape_b} belong to experts stored as one parameter "
+                "(target_parameters), which a basis cannot hold: leave them out when training, or mine other adapters."
             )
         rank = shape_a[0]
         if shape_b[1] != rank and len(shape_a) == 2:
+            raise BasisError(f"{where}: lora_A {shape_a} and lora_B {shape_b} differ in rank.")
+        if any(size != 1 for size in shape_b[2:]):
             raise BasisError(
-                f"adapter {self.source!r}, module {name!r}: lora_A {shape_a} and lora_B {shape_b} differ in rank."
+                f"{where}: lora_B has the shape {shape_b}, expected a kernel of 1 in all dimensions: {_ADVICE}."
             )
         if shape_b[1] != rank:
             raise _Unusable(
-                f"adapter {self.source!r}, module {name!r}: factors {shape_a} and {shape_b} belong to a grouped "
+                f"{where}: factors {shape_a} and {shape_b} belong to a grouped "
                 "convolution, whose LoRA is not one low-rank matrix; leave the module out with modules=."
             )
+        layout = ModuleLayout.from_lora(shape_a, shape_b, pair.embedding)
+        if holds_alpha:
+            return LoraEntry(pair.first, pair.second, rank, self._own_alpha(where, pair, rank) / rank, layout)
+        rule = self._scaling
         # The patterns were written for the names that the model had when the adapter was trained.
-        trained = strip_peft_prefix(key_a.removesuffix(".lora_embedding_A" if embedding else ".lora_A.weight"))
-        expected = self._by_pattern("rank_pattern", (trained, name), self.config.get("r", rank))
-        if expected != rank:
-            raise BasisError(
-                f"adapter {self.source!r}, module {name!r} has rank {rank} in the file but {expected} in {CONFIG}."
-            )
-        alpha = self._by_pattern("alpha_pattern", (trained, name), self.config.get("lora_alpha", rank))
-        scaling = alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
-        return LoraEntry(key_a, key_b, rank, scaling, ModuleLayout.from_lora(shape_a, shape_b, embedding))
+        trained = (strip_peft_prefix(stem), name)
+        expected = _by_pattern(rule.ranks, trained, rule.rank)
+        if expected not in (None, rank):
+            raise BasisError(f"{where} has rank {rank} in the file but {expected} in {CONFIG}.")
+        alpha = _by_pattern(rule.alphas, trained, rule.alpha)
+        scaling = alpha / (sqrt(rank) if rule.rank_stabilized else rank)
+        return LoraEntry(pair.first, pair.second, rank, scaling, layout)
 
-    def _by_pattern(self, key: str, names: tuple[str, ...], default: Any) -> Any:
-        """A module's entry in rank_pattern or alpha_pattern, matched by PEFT; few adapters have any.
+    def _own_alpha(self, where: str, pair: Pair, rank: int) -> float:
+        """The alpha that the file holds for a module; its rank where there is none, which scales by 1."""
+        if pair.alpha is None:
+            return float(rank)
+        assert self._files is not None
+        value = self._files[pair.alpha].read(pair.alpha)
+        if value.numel() != 1 or not bool(value.double().isfinite().all()):
+            raise BasisError(f"{where}: {pair.alpha!r} must be one finite number, got shape {tuple(value.shape)}.")
+        return float(value)
 
-        names: of the module, the first one with an entry counts.
-        """
-        pattern = self.config.get(key)
-        if not pattern:
-            return default
-        from peft.utils.other import get_pattern_key  # costs more than all of this room
 
-        keys = (get_pattern_key(list(pattern), name) for name in names)
-        return next((pattern[found] for found in keys if found in pattern), default)
+def _by_pattern(patterns: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """A module's entry in rank_pattern or alpha_pattern, matched by PEFT; few adapters have any.
+
+    names: of the module, the first one with an entry counts.
+    """
+    if not patterns:
+        return default
+    from peft.utils.other import get_pattern_key  # costs more than all of this room
+
+    keys = (get_pattern_key(list(patterns), name) for name in names)
+    return next((patterns[found] for found in keys if found in patterns), default)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that a sharded adapter's index names, in order."""
+    names = Values(read_object(index, _ADVICE), repr(str(index))).table("weight_map").values()
+    files = sorted({name for name in names if isinstance(name, str)})
+    if not files or len(files) < len(set(map(str, names))) or any(Path(name).name != name for name in files):
+        raise BasisError(f"{str(index)!r} must name files of its own folder in weight_map: {_ADVICE}.")
+    lacking = [name for name in files if not (index.parent / name).is_file()]
+    if lacking:
+        raise BasisError(f"{str(index.parent)!r} lacks {some(lacking)}, which {index.name} names: {_ADVICE}.")
+    return [index.parent / name for name in files]

@@ -90,6 +90,10 @@ def check_fits(lora: LoraAdapter, basis: Basis, missing: str) -> None:
         [("the basis", basis.config.base), (f"adapter {lora.source!r}", lora.base)],
         "take a basis of the adapter's own base",
     )
+    if lora.unusable and missing == "error":
+        raise BasisError(
+            f"{next(iter(lora.unusable.values()))} Or give missing='skip' (--missing skip), which loses such modules."
+        )
     covered = set(basis.modules)
     absent = [m for m in lora.modules if m not in covered]
     if absent and missing == "error":

@@ -35,10 +35,10 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor starts in its file (in bytes), its dtype and its shape."""
+    """Where a tensor starts in its file (in bytes), its dtype (None: one that is not read) and its shape."""
 
     start: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     shape: tuple[int, ...]
 
 
@@ -66,13 +66,18 @@ class TensorFile:
         header = json.loads(self._file.read(size))
         header.pop("__metadata__", None)
         return {
-            name: Entry(8 + size + told["data_offsets"][0], _DTYPES[told["dtype"]], tuple(told["shape"]))
+            name: Entry(8 + size + told["data_offsets"][0], _DTYPES.get(told["dtype"]), tuple(told["shape"]))
             for name, told in header.items()
         }
 
     def read(self, name: str, rows: int | None = None) -> Tensor:
         """A tensor, or only its first `rows` rows; it shares nothing with the file."""
         entry = self.entries[name]
+        if entry.dtype is None:
+            raise BasisError(
+                f"{str(self._path)!r} stores {name!r} in a dtype that is not read: save it again as float32 or "
+                "bfloat16."
+            )
         shape = entry.shape if rows is None else (min(rows, entry.shape[0]), *entry.shape[1:])
         tensor = torch.empty(shape, dtype=entry.dtype, device="cpu")
         if prod(shape):

@@ -6,12 +6,13 @@ M = A^T dW B ,   energy = ||M||^2 / ||dW||^2          (A, B orthonormal; dW = s 
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ..basis import Basis, BasisError, LoraAdapter
-from ..basis.naming import PEFT_PREFIX
+from ..basis.naming import PEFT_PREFIX, some
 from ..basis.sources import check_fits
 from ..basis.views import Dim
 from . import keys
@@ -57,6 +58,9 @@ def project_lora(
     part = whole.select(attributes, dim)
     lora = LoraAdapter(adapter)
     check_fits(lora, part, missing)
+    lost = [*lora.unusable, *(module for module in lora.modules if module not in part.modules)]
+    if lost:
+        warnings.warn(f"modules of {lora.source!r} that the cores do not hold: {some(lost)}.", stacklevel=2)
     cores, energy, tensors = {}, {}, {}
     widths: dict[str, str] = {}
     kept = total = 0.0
