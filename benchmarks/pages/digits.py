@@ -30,7 +30,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
     columns = settings["labels"]
     by_label: dict[str, dict[int, dict[str, Any]]] = {}
-    for method in methods:
+    for method in sorted(methods, key=lambda m: -m["labels"]):  # the most labels have all methods, in their order
         by_label.setdefault(method["label"], {})[method["labels"]] = method
     rows = [
         [label, number(found[max(columns)]["trainable"]), *(_cell(found.get(labels)) for labels in columns)]
