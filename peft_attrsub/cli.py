@@ -24,7 +24,7 @@ from .basis.config import CONFIG_NAME, DTYPE_NAMES
 from .basis.errors import BasisError
 from .basis.files import ADAPTER_CONFIG, check_file, check_writable
 from .basis.hub import is_local
-from .cli_words import group_adapters, split_attributes
+from .cli_words import group_adapters, split_attributes, split_rules
 from .interrupts import until_stopped
 
 app = typer.Typer(
@@ -48,8 +48,9 @@ def build(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            help="Saved LoRA adapters: a folder of adapters is one attribute named like it; 'texture=PATH' says the "
-            "attribute outright; else it is the adapter's name without its trailing number."
+            help="Saved LoRA adapters, as folders, .safetensors files or Hub ids. A folder of adapters or runs is one "
+            "attribute with the folder's name; 'texture=PATH' names the attribute; otherwise it is the adapter's name "
+            "without its trailing number. A run's final adapter is taken, or its last checkpoint."
         ),
     ],
     output: Output,
@@ -62,7 +63,23 @@ def build(
         str,
         typer.Option(help="Directions per module: uniform, importance, importance-literal, energy[:0.95] or gap."),
     ] = "uniform",
-    base_model: Annotated[str | None, typer.Option(help="Base model to record and to check against.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Base model to record, whatever the adapters' configs say.")
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--modules", help="Regex: mine modules whose name contains it; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Regex: leave such modules out; may be repeated.")
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map", metavar="OLD=NEW", help="Rename modules: a regex and what replaces it; may be repeated."
+        ),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="Of runs with checkpoints: last, or a step.")] = "last",
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda; default the CPU.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the stored basis: float32 or bfloat16.")] = "float32",
     on_missing: Annotated[
@@ -78,11 +95,13 @@ def build(
         if dtype not in DTYPE_NAMES:
             raise BasisError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPE_NAMES)}.")
         check_writable(output, CONFIG_NAME, overwrite)
-        groups = group_adapters(adapters)
+        groups = group_adapters(adapters, checkpoint)
+        rules = split_rules(rename or [])
         main = _is_main_process()
         if main and not as_json:
             print(cli_text.plan(groups, output, dim, allocation, alpha), flush=True)
         from .basis import build_basis
+        from .basis.choosing import compiled
         from .basis.storage import DTYPES
 
         basis = build_basis(
@@ -94,6 +113,9 @@ def build(
             tol=tol,
             allocation=allocation,
             base_model=base_model,
+            modules="|".join(f"(?:{compiled(x, '--modules').pattern})" for x in modules) if modules else None,
+            exclude=exclude or None,
+            rename=rules,
             device=device,
             dtype=DTYPES[dtype],
             on_missing=on_missing,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,10 @@ from tqdm import tqdm
 
 from .adapters import LoraAdapter
 from .allocation import by_energy, by_gap, by_importance, effective_rank, parse_rule
+from .base_names import base_name_of
 from .basis import Basis
+from .choosing import Chosen
+from .choosing import rename as rename_modules
 from .config import AttributeRecord, SourceRecord
 from .errors import BasisError
 from .forms import Updates, stack_updates
@@ -48,7 +51,9 @@ def build_basis(
     base_model: str | nn.Module | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = torch.float32,
-    modules: Sequence[str] | None = None,
+    modules: Chosen = None,
+    exclude: Chosen = None,
+    rename: Mapping[str, str] | None = None,
     on_missing: str = "error",
     progress: bool = True,
 ) -> Basis:
@@ -67,12 +72,15 @@ def build_basis(
         max_iter, tol: IRLS stops when the objective falls by less than tol, relatively.
         allocation: "uniform", "importance", "importance-literal", "energy", "energy:0.95" or "gap" (see
             `allocation`); for the last three dim is the most a module gets.
-        base_model: name to record and to hold the adapters against; or the model itself, whose weights
-            then give the effective ranks of the importance rules.
+        base_model: name to record, whatever the adapters say; or the model itself, whose weights then give the
+            effective ranks of the importance rules. Absolute paths are recorded by their last part.
         device: where to compute; default the CPU.
         dtype: of the stored factors, float32 or bfloat16, as a torch dtype or its name; inside it is float64.
-        modules: restrict to these names. on_missing: "error", or "intersect" to keep the modules that all
-            adapters share.
+        modules: restrict to these names, or to those in which a regular expression is found. exclude: one, or several
+            regular expressions of modules to leave out.
+        rename: {pattern: replacement} for module names, applied to every adapter by re.sub, for adapters of several
+            versions of a library.
+        on_missing: "error", or "intersect" to keep the modules that all adapters share.
         progress: show a bar, where standard error is a terminal.
 
     Of two adapters with the same tensors, one attribute takes one; adapters that were never trained are left out
@@ -87,16 +95,16 @@ def build_basis(
     """
     settings = _checked(dim, alpha, eps, max_iter, tol, dtype)
     rule, share = parse_rule(allocation)
-    given = _open(adapters)
+    given = _open(adapters, rename)
     everyone = [adapter for row in given.values() for adapter in row]
     base = common_base(everyone)
-    name = common_base_model(everyone, base_model if isinstance(base_model, str) else None)
-    if isinstance(base_model, nn.Module):
-        name = name or getattr(base_model, "name_or_path", None) or None
+    name, revision = common_base_model(everyone, base_model if isinstance(base_model, str) else None)
+    if isinstance(base_model, nn.Module) and name is None and (own := getattr(base_model, "name_or_path", None)):
+        name = base_name_of(own).name
     called = roll_call(given)
     opened = called.trained
     flat = [adapter for row in opened.values() for adapter in row]
-    layouts = common_modules(flat, modules, on_missing)
+    layouts = common_modules(flat, modules, on_missing, exclude)
     job = _Job(opened, layouts, settings, _device(device), progress)
     dims: dict[str, Mapping[str, Dimension]] = {}
     by_weight = None
@@ -143,7 +151,8 @@ def build_basis(
             )
         )
     basis = Basis.from_factors(factors, name, layouts, records, extras, dtype)
-    basis.config.base = base
+    basis.config.base = base and replace(base, name=base_name_of(base.name).name)
+    basis.config.base_model_revision = revision
     return basis
 
 
@@ -242,7 +251,7 @@ def _one_thread_each(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _open(adapters: Adapters) -> dict[str, list[LoraAdapter]]:
+def _open(adapters: Adapters, rules: Mapping[str, str] | None) -> dict[str, list[LoraAdapter]]:
     if isinstance(adapters, (str, os.PathLike)):
         raise BasisError(f"adapters={adapters!r} is one path: give a list, or a dict {{attribute: [paths]}}.")
     groups = adapters if isinstance(adapters, Mapping) else {"shared": adapters}
@@ -256,6 +265,7 @@ def _open(adapters: Adapters) -> dict[str, list[LoraAdapter]]:
         if not sources:
             raise BasisError(f"attribute {attribute!r} has no adapters: give at least one folder.")
         opened[attribute] = [LoraAdapter(source) for source in sources]
+        rename_modules(opened[attribute], rules)
     return opened
 
 

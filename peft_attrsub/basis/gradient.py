@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import grad as weight_gradients
 
 from .._machine import free_memory
+from .base_names import base_name_of
 from .basis import Basis
 from .config import AttributeRecord
 from .errors import BasisError
@@ -96,8 +97,8 @@ def gradient_basis(
     # Modules without a gradient stay, without directions, so that the basis goes together with others of the model.
     found |= {name: _nothing(layouts[name]) for name in chosen if name not in found}
     record = AttributeRecord(attribute, kind="gradient", dim=dim)
-    name = getattr(model, "name_or_path", None) or None
-    return Basis.from_factors({attribute: found}, name, layouts, [record])
+    name = getattr(model, "name_or_path", None)
+    return Basis.from_factors({attribute: found}, base_name_of(name).name if name else None, layouts, [record])
 
 
 def select_basis(

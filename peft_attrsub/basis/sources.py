@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .adapters import LoraAdapter
+from .base_names import BaseName, base_name_of, best_name
+from .choosing import Chosen, choose, renaming_hint
 from .errors import BasisError
 from .identity import BaseIdentity, shared_base
 from .layout import ModuleLayout
 from .naming import natural_key, nearest, some
+from .processes import is_main_process
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -21,41 +25,69 @@ def common_base(adapters: Sequence[LoraAdapter]) -> BaseIdentity | None:
     return shared_base(parts, "leave one out, or build one basis per base")
 
 
-def common_base_model(adapters: Sequence[LoraAdapter], expected: str | None) -> str | None:
-    """The base model all adapters name; `expected` (the caller's word) must not contradict it.
+def common_base_model(adapters: Sequence[LoraAdapter], given: str | None) -> tuple[str | None, str | None]:
+    """The base model that the adapters name, as it may be published, and its revision.
 
-    Adapters that all record their base weights are compared by these (`common_base`): one may name a folder, another
-    the Hub id of the same weights.
+    given: the caller's word, which decides; a note tells what it overrides. Adapters that all record their base
+    weights are compared by these (`common_base`): one may name a folder, another the Hub id of the same weights. Names
+    that mean one model (see `base_names`) are recognized as one, with a note.
     """
-    named = {a.base_model: a.source for a in adapters if a.base_model}
-    if len(named) > 1 and not all(a.base for a in adapters):
-        listing = ", ".join(f"{model!r} ({source})" for model, source in named.items())
-        raise BasisError(f"the adapters belong to different base models: {listing}; build one basis per model.")
-    found = next(iter(named), None)
-    if expected and found and expected != found:
-        raise BasisError(f"base_model={expected!r} was given, the adapters name {found!r}.")
-    return expected or found
+    named: dict[BaseName, str] = {}
+    revisions: dict[str, str] = {}
+    for adapter in adapters:
+        if not adapter.base_model:
+            continue
+        name = base_name_of(adapter.base_model)
+        named.setdefault(name, adapter.source)
+        revision = name.revision or adapter.config.get("revision")
+        if isinstance(revision, str) and revision != "main":
+            revisions.setdefault(revision, adapter.source)
+    first = next(iter(named), None)
+    different = [name for name in named if first is not None and not name.same_as(first)]
+    listing = ", ".join(f"{name.name!r} ({source})" for name, source in named.items())
+    if given:
+        mine = base_name_of(given)
+        if any(not name.same_as(mine) for name in named):
+            _note(f"base_model={mine.name!r} is recorded as it was given; the adapters name {listing}.")
+        return mine.name, mine.revision or _one_revision(revisions)
+    if different and not all(a.base for a in adapters):
+        raise BasisError(
+            f"the adapters belong to different base models: {listing}; build one basis per model, or say with "
+            "base_model= (--base-model) that they are one."
+        )
+    if first is None:
+        return None, None
+    best = best_name(named)
+    if len({name.name for name in named}) > 1:
+        _note(f"the adapters name their base model in several ways ({listing}); recorded as {best.name!r}.")
+    return best.name, _one_revision(revisions)
+
+
+def _one_revision(revisions: dict[str, str]) -> str | None:
+    if len(revisions) > 1:
+        listing = ", ".join(f"{revision} ({source})" for revision, source in revisions.items())
+        _note(f"the adapters were trained on several revisions of the base model: {listing}.")
+    return ", ".join(revisions) or None
+
+
+def _note(text: str) -> None:
+    if is_main_process():
+        warnings.warn(text, stacklevel=4)
 
 
 def common_modules(
-    adapters: Sequence[LoraAdapter], chosen: Sequence[str] | None, on_missing: str
+    adapters: Sequence[LoraAdapter], modules: Chosen, on_missing: str, exclude: Chosen = None
 ) -> dict[str, ModuleLayout]:
     """Layouts of the modules to mine, in natural order; all adapters must agree on them."""
     if on_missing not in ("error", "intersect"):
         raise BasisError(f"on_missing={on_missing!r} is unknown: use 'error' or 'intersect'.")
+    every = set().union(*({*a.entries, *a.unusable} for a in adapters))
+    wanted = choose(every, modules, exclude)
     for adapter in adapters:
         for name, reason in adapter.unusable.items():
-            if chosen is None or name in chosen:
+            if name in wanted:
                 raise BasisError(reason)
-    every = set().union(*(a.entries for a in adapters))
     shared = set.intersection(*(set(a.entries) for a in adapters))
-    wanted = every
-    if chosen is not None:
-        unknown = [m for m in chosen if m not in every]
-        if unknown:
-            near = some(nearest(unknown[0], every))
-            raise BasisError(f"no adapter has the module {unknown[0]!r} asked for by modules=; nearest: {near}.")
-        wanted = set(chosen)
     lacking = wanted - shared
     if lacking and on_missing == "error":
         lines = []
@@ -66,6 +98,7 @@ def common_modules(
         raise BasisError(
             f"the adapters cover different modules: {'; '.join(lines)}; "
             "on_missing='intersect' (--on-missing intersect) mines only what all of them have."
+            f"{renaming_hint(adapters)}"
         )
     names = sorted(wanted & shared, key=natural_key)
     if not names:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from .base_names import base_name_of
 from .basis import Basis
 from .config import AttributeRecord
 from .errors import BasisError
@@ -122,5 +123,5 @@ def _from_weights(
     model: nn.Module,
 ) -> Basis:
     layouts = {name: layout_of(module, name) for name, module in chosen.items()}
-    name = getattr(model, "name_or_path", None) or None
-    return Basis.from_factors({attribute: factors}, name, layouts, [record])
+    name = getattr(model, "name_or_path", None)
+    return Basis.from_factors({attribute: factors}, base_name_of(name).name if name else None, layouts, [record])

@@ -169,10 +169,6 @@ def test_different_base_models(tmp_path):
     refused({"a": [one], "b": [two]}, "org/small", "org/large")
 
 
-def test_base_model_given_by_hand_must_agree(pair):
-    refused(pair, "toy/base", "org/other", base_model="org/other")
-
-
 def test_different_module_sets(tmp_path):
     first, second = factors(0), factors(1)
     second["block.7.extra"] = second.pop("block.1.proj")
