@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +24,11 @@ from .basis.config import CONFIG_NAME, DTYPE_NAMES
 from .basis.errors import BasisError
 from .basis.files import ADAPTER_CONFIG, check_file, check_writable
 from .basis.hub import is_local
-from .cli_words import group_adapters, split_attributes, split_rules
+from .cli_words import check_word, group_adapters, split_attributes, split_dims, split_names, split_rules
 from .interrupts import until_stopped
+
+if TYPE_CHECKING:
+    from .basis import Basis
 
 app = typer.Typer(
     help="Attribute subspaces for PEFT: mine a basis from LoRA adapters, then train only small cores in it.",
@@ -82,7 +85,7 @@ def build(
     checkpoint: Annotated[str, typer.Option(help="Of runs with checkpoints: last, or a step.")] = "last",
     device: Annotated[str | None, typer.Option(help="Where to compute, e.g. cuda; default the CPU.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the stored basis: float32 or bfloat16.")] = "float32",
-    on_missing: Annotated[
+    missing: Annotated[
         str, typer.Option(help="When adapters cover different modules: error, or intersect.")
     ] = "error",
     overwrite: Overwrite = False,
@@ -101,7 +104,6 @@ def build(
         if main and not as_json:
             print(cli_text.plan(groups, output, dim, allocation, alpha), flush=True)
         from .basis import build_basis
-        from .basis.choosing import compiled
         from .basis.storage import DTYPES
 
         basis = build_basis(
@@ -113,19 +115,17 @@ def build(
             tol=tol,
             allocation=allocation,
             base_model=base_model,
-            modules="|".join(f"(?:{compiled(x, '--modules').pattern})" for x in modules) if modules else None,
+            modules=_any_of(modules),
             exclude=exclude or None,
             rename=rules,
             device=device,
             dtype=DTYPES[dtype],
-            on_missing=on_missing,
+            missing=missing,
             progress=not as_json,
         )
         if not main:
             return
-        basis.config.command = _command()
-        basis.save_pretrained(output, overwrite=overwrite)
-        _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
+        _write_basis(basis, output, overwrite, as_json)
 
     _run(work, debug)
 
@@ -145,6 +145,7 @@ def info(
     """
 
     def work() -> None:
+        check_word(basis, "basis")
         from huggingface_hub.constants import HF_HUB_OFFLINE
 
         from .basis import Basis
@@ -184,10 +185,7 @@ def convert(
         names = split_attributes(attributes)
         from .basis.convert import convert_release
 
-        basis = convert_release(file, attributes=names, base_model=base_model)
-        basis.config.command = _command()
-        basis.save_pretrained(output, overwrite=overwrite)
-        _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
+        _write_basis(convert_release(file, attributes=names, base_model=base_model), output, overwrite, as_json)
 
     _run(work, debug)
 
@@ -204,12 +202,71 @@ def combine(
 
     def work() -> None:
         check_writable(output, CONFIG_NAME, overwrite)
+        for name in bases:
+            check_word(name, "basis")
         from .basis import Basis
 
-        whole = Basis.combine([Basis.from_pretrained(name) for name in bases])
-        whole.config.command = _command()
-        whole.save_pretrained(output, overwrite=overwrite)
-        _tell(cli_text.summary(whole), as_json, lambda record: cli_text.built(record, str(output)))
+        _write_basis(Basis.combine([Basis.from_pretrained(name) for name in bases]), output, overwrite, as_json)
+
+    _run(work, debug)
+
+
+@app.command()
+def select(
+    basis: Annotated[str, typer.Argument(help="Folder or Hub id of a basis.")],
+    output: Output,
+    attribute: Annotated[
+        list[str] | None, typer.Option("--attribute", help="Keep this attribute, in the order given; may be repeated.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="N|NAME=N", help="Keep so many directions, of all attributes or of one."),
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--modules", help="Regex: keep modules whose name contains it; may be repeated."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Regex: leave such modules out; may be repeated.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Keep a part of a basis: some attributes, directions or modules."""
+
+    def work() -> None:
+        check_writable(output, CONFIG_NAME, overwrite)
+        check_word(basis, "basis")
+        dims = split_dims(dim or [])
+        from .basis import Basis
+        from .basis.choosing import choose
+
+        opened = Basis.from_pretrained(basis)
+        kept = choose(opened.modules, _any_of(modules), exclude or None) if modules or exclude else None
+        _write_basis(opened.select(attribute or None, dims, kept), output, overwrite, as_json)
+
+    _run(work, debug)
+
+
+@app.command()
+def rename(
+    basis: Annotated[str, typer.Argument(help="Folder or Hub id of a basis.")],
+    names: Annotated[list[str], typer.Argument(metavar="OLD=NEW...", help="Attributes and their new names.")],
+    output: Output,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Give attributes of a basis other names."""
+
+    def work() -> None:
+        check_writable(output, CONFIG_NAME, overwrite)
+        check_word(basis, "basis")
+        pairs = split_names(names)
+        from .basis import Basis
+
+        _write_basis(Basis.from_pretrained(basis).rename(pairs), output, overwrite, as_json)
 
     _run(work, debug)
 
@@ -234,6 +291,9 @@ def report(
 
     def work() -> None:
         start = time.monotonic()
+        check_word(basis, "basis")
+        for name in adapter or []:
+            check_word(name, "adapter", file_ending=".safetensors")
         for file in (output, json_file, csv_file):
             if file is not None:
                 check_file(file)
@@ -310,6 +370,12 @@ def export(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of a saved attribute-subspace adapter.")],
     output: Output,
     rank: Annotated[int | None, typer.Option(help="Truncate to this rank; default exact.")] = None,
+    basis: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--basis", help="Where its basis is now, if it has moved; may be repeated, in the adapter's order."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -317,9 +383,13 @@ def export(
 
     def work() -> None:
         check_writable(output, ADAPTER_CONFIG, overwrite)
+        check_word(adapter, "adapter")
+        for name in basis or []:
+            check_word(name, "basis")
         from .tuner import export_lora
 
-        print(f"wrote the LoRA to {export_lora(adapter, output, rank=rank, overwrite=overwrite)}")
+        where = None if not basis else basis[0] if len(basis) == 1 else basis
+        print(f"wrote the LoRA to {export_lora(adapter, output, rank=rank, overwrite=overwrite, basis=where)}")
 
     _run(work, debug)
 
@@ -333,7 +403,9 @@ def project(
         list[str] | None, typer.Option("--attribute", help="Use only this attribute; may be repeated.")
     ] = None,
     dim: Annotated[int | None, typer.Option(help="Use only this many directions per attribute.")] = None,
-    missing: Annotated[str, typer.Option(help="Modules that the basis lacks: error, or skip.")] = "error",
+    missing: Annotated[
+        str, typer.Option(help="When the basis lacks modules of the LoRA: error, or intersect.")
+    ] = "error",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -342,6 +414,8 @@ def project(
 
     def work() -> None:
         check_writable(output, ADAPTER_CONFIG, overwrite)
+        check_word(adapter, "adapter", file_ending=".safetensors")
+        check_word(basis, "basis")
         from .tuner import project_lora
 
         result = project_lora(adapter, basis, output, attribute or None, dim, missing, overwrite)
@@ -349,6 +423,20 @@ def project(
         _tell(record, as_json, cli_text.projected)
 
     _run(work, debug)
+
+
+def _write_basis(basis: Basis, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Save a basis with the command that made it, and say what it holds."""
+    basis.config.command = _command()
+    basis.save_pretrained(output, overwrite=overwrite)
+    _tell(cli_text.summary(basis), as_json, lambda record: cli_text.built(record, str(output)))
+
+
+def _any_of(patterns: list[str] | None) -> str | None:
+    """One regular expression that matches where any of several does."""
+    from .basis.choosing import compiled
+
+    return "|".join(f"(?:{compiled(x, '--modules').pattern})" for x in patterns) if patterns else None
 
 
 def _is_main_process() -> bool:

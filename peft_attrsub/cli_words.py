@@ -93,7 +93,7 @@ def check_word(word: str, what: str, file_ending: str | None = None) -> None:
     name = word.partition("@")[0]
     is_path = os.path.isabs(word) or word.startswith((".", "~")) or word.endswith(("/", os.sep))
     parent = Path(name).parent
-    is_path |= name.count("/") != 1 or (parent != Path() and parent.is_dir()) or name.endswith(".safetensors")
+    is_path |= "/" not in name or (parent != Path() and parent.is_dir()) or name.endswith(".safetensors")
     if is_path:
         raise BasisError(f"there is no file or folder {word!r} here; on the Hub it would be called user/name.")
 
@@ -146,6 +146,28 @@ def split_rules(words: list[str]) -> dict[str, str]:
             raise BasisError(f"--map {word!r}: give OLD=NEW, a regular expression and what replaces it.")
         rules[old] = new
     return rules
+
+
+def split_names(words: list[str]) -> dict[str, str]:
+    """{old: new} from words OLD=NEW, each attribute once."""
+    pairs = [word.partition("=") for word in words]
+    names = {old: new for old, _, new in pairs}
+    if len(names) < len(pairs) or not all(old and new for old, _, new in pairs):
+        raise BasisError(f"{' '.join(words)!r}: give OLD=NEW for every attribute to rename, each once.")
+    return names
+
+
+def split_dims(words: list[str]) -> int | dict[str, int] | None:
+    """16 from ["16"], {"texture": 8} from ["texture=8"], None from nothing."""
+    found: dict[str, int] = {}
+    for word in words:
+        name, _, size = word.rpartition("=")
+        if not size.isdecimal() or name in found:
+            raise BasisError(f"--dim {word}: give a number of directions, or NAME=N, each attribute once.")
+        found[name] = int(size)
+    if "" in found and len(found) > 1:
+        raise BasisError("--dim is given for all attributes and for single ones: give one or the other.")
+    return found.get("", found or None)
 
 
 def split_attributes(text: str) -> list[str] | dict[str, int]:

@@ -22,7 +22,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"deviation of {plural(settings['seeds'], 'run')}, the learning rate of every method chosen from",
         f"{len(settings['learning_rates'])} on a validation split, for each number of labels apart.",
         '"From the consensus": the model, or the cores, begin at the sum of the attributes\' consensus updates, whose',
-        "four scales `calibrate_start` finds on the same labels; \"consensus alone\" trains nothing else.",
+        'four scales `calibrate_start` finds on the same labels; "consensus alone" trains nothing else.',
         "Bases from",
         f"{settings['source_adapters']} adapters of rank {settings['source_rank']} per attribute. Before tuning:",
         f"{result['base']['plain_accuracy']:.1f} % on plain digits. The whole demo took",

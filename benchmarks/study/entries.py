@@ -93,7 +93,7 @@ def ablation_entries(study: Study) -> list[Entry]:
                 add(group, f"source rank {rank}, {study.rank_datasets} datasets", basis=f"rank-{rank}")
         elif group == "allocation":
             for rule in RULES:
-                add(group, rule, basis=rule, options={"dim": None, "missing": "skip"})
+                add(group, rule, basis=rule, options={"dim": None, "missing": "intersect"})
         elif group == "shared":
             dims = [f"{name}={d}" for name, d in shared_dims(study, total).items()]
             add(group, "shared part first", basis="shared", options={"dim": dims})

@@ -65,7 +65,7 @@ def mine(study: Study, out: Path, variant: str) -> dict[str, Any]:
     paths: dict[str, list[Path]] = {}
     for attribute, index, rank in needed(study, variant):
         paths.setdefault(attribute, []).append(adapter_path(out, rank, attribute, index))
-    settings: dict[str, Any] = {"dim": study.mined_dim, "progress": False, "on_missing": "error"}
+    settings: dict[str, Any] = {"dim": study.mined_dim, "progress": False, "missing": "error"}
     if variant.startswith("spoiled-"):
         settings["alpha"] = float(variant.removeprefix("spoiled-"))
         for number, row in enumerate(paths.values()):

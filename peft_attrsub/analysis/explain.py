@@ -81,7 +81,7 @@ def captured_energy(
     whole = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
     part = whole.select(attributes, dim)
     lora = LoraAdapter(adapter)
-    check_fits(lora, part, "skip")
+    check_fits(lora, part, "intersect")
     found, missing, lost = [], list(lora.unusable), 0.0
     with lora:
         for module in lora.modules:

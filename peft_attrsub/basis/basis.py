@@ -199,6 +199,19 @@ class Basis:
         config = replace(self.config, attributes=records, modules=layouts, digest=None)
         return Basis(config, blocks)
 
+    def rename(self, names: Mapping[str, str]) -> Basis:
+        """A view in which attributes have other names, {old: new}; nothing is copied, and their order stays."""
+        for old, new in names.items():
+            self._require_attribute(old)
+            check_attribute(new)
+        called = {name: names.get(name, name) for name in self.attributes}
+        twice = next((new for new in called.values() if list(called.values()).count(new) > 1), None)
+        if twice is not None:
+            raise BasisError(f"two attributes would be called {twice!r}: the basis has {', '.join(self.attributes)}.")
+        records = [replace(record, name=called[record.name]) for record in self.config.attributes]
+        config = replace(self.config, attributes=records, digest=None)
+        return Basis(config, {called[name]: row for name, row in self._blocks.items()})
+
     @staticmethod
     def combine(bases: Sequence[Basis]) -> Basis:
         """Put the attributes of several bases of one model side by side, in order; nothing is copied."""
@@ -211,7 +224,10 @@ class Basis:
             check_same_model(first, basis)
             for record in basis.config.attributes:
                 if record.name in blocks:
-                    raise BasisError(f"attribute {record.name!r} is in two of the bases: rename or select it away.")
+                    raise BasisError(
+                        f"attribute {record.name!r} is in two of the bases: rename it in one (Basis.rename, "
+                        "peft-attrsub rename), or leave it out (Basis.select, peft-attrsub select)."
+                    )
                 blocks[record.name] = basis._blocks[record.name]
                 records.append(record)
         flat = [basis.pinned_source for basis in bases if isinstance(basis.pinned_source, str)]

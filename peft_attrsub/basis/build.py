@@ -54,7 +54,7 @@ def build_basis(
     modules: Chosen = None,
     exclude: Chosen = None,
     rename: Mapping[str, str] | None = None,
-    on_missing: str = "error",
+    missing: str = "error",
     progress: bool = True,
 ) -> Basis:
     """Mine one robust shared subspace per attribute and module from saved LoRA adapters (paper, section 3.2).
@@ -80,7 +80,7 @@ def build_basis(
             regular expressions of modules to leave out.
         rename: {pattern: replacement} for module names, applied to every adapter by re.sub, for adapters of several
             versions of a library.
-        on_missing: "error", or "intersect" to keep the modules that all adapters share.
+        missing: "error", or "intersect" to keep the modules that all adapters share.
         progress: show a bar, where standard error is a terminal.
 
     Of two adapters with the same tensors, one attribute takes one; adapters that were never trained are left out
@@ -104,7 +104,7 @@ def build_basis(
     called = roll_call(given)
     opened = called.trained
     flat = [adapter for row in opened.values() for adapter in row]
-    layouts = common_modules(flat, modules, on_missing, exclude)
+    layouts = common_modules(flat, modules, missing, exclude)
     job = _Job(opened, layouts, settings, _device(device), progress)
     dims: dict[str, Mapping[str, Dimension]] = {}
     by_weight = None

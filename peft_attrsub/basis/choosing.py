@@ -50,8 +50,7 @@ def _matching(every: set[str], pattern: str, option: str) -> set[str]:
     found = {name for name in every if expression.search(name)}
     if not found:
         raise BasisError(
-            f"{option}={pattern!r} is found in no module of the adapters, which have "
-            f"{some(sorted(every, key=natural_key))}."
+            f"{option}={pattern!r} is found in no module; there are {some(sorted(every, key=natural_key))}."
         )
     return found
 

@@ -19,7 +19,8 @@ from .errors import BasisError
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PART = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(rf"(?P<repo>{_PART}(/{_PART})?)(?P<folder>(/{_PART})*)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return name, None
 
 
+def split_folder(name: str) -> tuple[str, str]:
+    """("user/x", "a/b") from "user/x/a/b": the repository, and the folder in it or ""."""
+    parts = name.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
 def is_local(name: str | os.PathLike[str]) -> bool:
     """Whether `name` is a folder here; else it can only be a Hub id."""
     return Path(name).expanduser().is_dir()
@@ -53,7 +60,8 @@ def fetch(
 ) -> tuple[Path, str | None]:
     """The local folder of `name`, and the commit if it came from the Hub.
 
-    Only files matching `patterns` are downloaded: safetensors, JSON and Markdown, nothing that is executed.
+    On the Hub, "user/repo/folder" is a folder in a repository, with "@revision" at the end. Only files matching
+    `patterns` are downloaded: safetensors, JSON and Markdown, nothing that is executed.
     """
     if is_local(name):
         return Path(name).expanduser(), None
@@ -62,8 +70,12 @@ def fetch(
         raise BasisError(
             f"{what} {os.fspath(name)!r} names the revision {given!r}, revision={revision!r} another one."
         )
-    if not _HUB_ID.fullmatch(repo) or repo.count("/") > 1:
-        raise BasisError(f"{what} {repo!r} was not found: expected an existing folder or a Hub id 'user/name'.")
+    if not _HUB_ID.fullmatch(repo):
+        raise BasisError(
+            f"{what} {repo!r} was not found: expected an existing folder or a Hub id, 'user/name' or "
+            "'user/name/folder'."
+        )
+    repo, inside = split_folder(repo)
     from huggingface_hub import snapshot_download
 
     options = options or HubOptions()
@@ -71,14 +83,17 @@ def fetch(
         folder = snapshot_download(
             repo,
             revision=revision or given,
-            allow_patterns=patterns,
+            allow_patterns=[f"{inside}/{pattern}" if inside else pattern for pattern in patterns],
             token=options.token,
             cache_dir=options.cache_dir,
             local_files_only=options.local_files_only,
         )
     except Exception as error:
         raise _sentence(error, f"{what} {repo!r}", revision or given) from error
-    return Path(folder), Path(folder).name
+    found = Path(folder, inside)
+    if not found.is_dir():
+        raise BasisError(f"{what} {os.fspath(name)!r}: the repository {repo!r} has no {inside!r} with files of one.")
+    return found, Path(folder).name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .blocks import index_blocks
 from .config import CONFIG_NAME, read_config
 from .errors import BasisError
 from .files import atomic_folder
-from .hub import HubOptions, fetch, is_local, matches, read_header, split_revision
+from .hub import HubOptions, fetch, is_local, matches, read_header, split_folder, split_revision
 from .saving import FIGURES, PATTERNS
 from .storage import INDEX_NAME, RECORDS_NAME, FileStore, tensor_files
 
@@ -52,11 +52,12 @@ def open_header(name: str, revision: str | None = None, token: str | bool | None
     options = HubOptions(token=token)
     folder, commit = fetch(name, [CONFIG_NAME, RECORDS_NAME, INDEX_NAME], "basis", revision, options)
     config = read_config(folder, name)
-    repo = split_revision(name)[0]
+    source = split_revision(name)[0]
+    repo, inside = split_folder(source)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in tensor_files(folder):
-        shapes |= read_header(repo, file, commit, token)
-    return Basis(config, index_blocks(config, HeaderStore(shapes, folder)), source=repo, revision=commit)
+        shapes |= read_header(repo, f"{inside}/{file}" if inside else file, commit, token)
+    return Basis(config, index_blocks(config, HeaderStore(shapes, folder)), source=source, revision=commit)
 
 
 def pull_basis(

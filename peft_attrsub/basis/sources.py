@@ -76,11 +76,10 @@ def _note(text: str) -> None:
 
 
 def common_modules(
-    adapters: Sequence[LoraAdapter], modules: Chosen, on_missing: str, exclude: Chosen = None
+    adapters: Sequence[LoraAdapter], modules: Chosen, missing: str, exclude: Chosen = None
 ) -> dict[str, ModuleLayout]:
     """Layouts of the modules to mine, in natural order; all adapters must agree on them."""
-    if on_missing not in ("error", "intersect"):
-        raise BasisError(f"on_missing={on_missing!r} is unknown: use 'error' or 'intersect'.")
+    check_missing(missing)
     every = set().union(*({*a.entries, *a.unusable} for a in adapters))
     wanted = choose(every, modules, exclude)
     for adapter in adapters:
@@ -89,7 +88,7 @@ def common_modules(
                 raise BasisError(reason)
     shared = set.intersection(*(set(a.entries) for a in adapters))
     lacking = wanted - shared
-    if lacking and on_missing == "error":
+    if lacking and missing == "error":
         lines = []
         for adapter in adapters:
             absent = sorted(lacking - set(adapter.entries), key=natural_key)
@@ -97,7 +96,7 @@ def common_modules(
                 lines.append(f"{adapter.source!r} lacks {some(absent)}")
         raise BasisError(
             f"the adapters cover different modules: {'; '.join(lines)}; "
-            "on_missing='intersect' (--on-missing intersect) mines only what all of them have."
+            "missing='intersect' (--missing intersect) mines only what all of them have."
             f"{renaming_hint(adapters)}"
         )
     names = sorted(wanted & shared, key=natural_key)
@@ -115,17 +114,23 @@ def common_modules(
     return {name: first.entries[name].layout for name in names}
 
 
+def check_missing(value: str) -> None:
+    """Refuse a value of `missing` that is not one."""
+    if value not in ("error", "intersect"):
+        raise BasisError(f"missing={value!r} is unknown: use 'error' or 'intersect'.")
+
+
 def check_fits(lora: LoraAdapter, basis: Basis, missing: str) -> None:
-    """Refuse a LoRA whose modules the basis lacks (unless missing="skip"), or has in other shapes."""
-    if missing not in ("error", "skip"):
-        raise BasisError(f"missing={missing!r} is unknown: use 'error' or 'skip'.")
+    """Refuse a LoRA whose modules the basis lacks (unless missing="intersect"), or has in other shapes."""
+    check_missing(missing)
     shared_base(
         [("the basis", basis.config.base), (f"adapter {lora.source!r}", lora.base)],
         "take a basis of the adapter's own base",
     )
     if lora.unusable and missing == "error":
         raise BasisError(
-            f"{next(iter(lora.unusable.values()))} Or give missing='skip' (--missing skip), which loses such modules."
+            f"{next(iter(lora.unusable.values()))} Or give missing='intersect' (--missing intersect), which loses "
+            "such modules."
         )
     covered = set(basis.modules)
     absent = [m for m in lora.modules if m not in covered]
@@ -133,7 +138,7 @@ def check_fits(lora: LoraAdapter, basis: Basis, missing: str) -> None:
         near = some(nearest(absent[0], basis.modules)) or "none"
         raise BasisError(
             f"the basis lacks modules of {lora.source!r}: {some(absent)} (nearest: {near}); "
-            "missing='skip' (--missing skip) loses them."
+            "missing='intersect' (--missing intersect) loses them."
         )
     for module in lora.modules:
         if module in covered and lora.entries[module].layout.shape != basis.layout(module).shape:

@@ -71,7 +71,7 @@ class AttrSubspaceConfig(PeftConfig):
             narrower than float32 (see `peft_attrsub.explain_forward`). Not saved with the adapter.
         fan_in_fan_out: True for layers that store W as (in, out), such as GPT-2's Conv1D; found out by
             itself for those.
-        missing: "error" refuses a targeted module that the basis lacks, "skip" leaves it unadapted.
+        missing: "error" refuses a targeted module that the basis lacks, "intersect" leaves it unadapted.
         target_modules: modules that get a core, as in PEFT: a list of names or endings, a regex, or
             "all-linear": all linear layers but output embeddings, the head of task_type (SEQ_CLS, TOKEN_CLS,
             QUESTION_ANS), poolers (unless the task is SEQ_CLS) and what is inside of nn.MultiheadAttention. Default:
@@ -116,7 +116,7 @@ class AttrSubspaceConfig(PeftConfig):
     seed: int = 0
     forward_mode: Literal["auto", "factored", "folded"] = "auto"
     fan_in_fan_out: bool = False
-    missing: Literal["error", "skip"] = "error"
+    missing: Literal["error", "intersect"] = "error"
     target_modules: set[str] | list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -165,7 +165,9 @@ class AttrSubspaceConfig(PeftConfig):
                 f"columns={self.columns!r} does not go with core={self.core!r}, which weighs the triplets of the "
                 "basis as they are: leave columns out."
             )
-        self._one_of("missing", ("error", "skip"))
+        if str(self.missing) == "skip":  # the older name, in saved adapters
+            self.missing = "intersect"
+        self._one_of("missing", ("error", "intersect"))
         self._one_of("save_basis", ("auto", True, False))
         self._one_of("forward_mode", FORWARD_MODES)
         if not 0 <= self.dropout < 1:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
-from ..basis import BasisError
+from ..basis import Basis, BasisError
 from ..basis.adapters import CONFIG, WEIGHTS
 from ..basis.hub import fetch
 from ..basis.layout import ModuleLayout
@@ -47,6 +47,7 @@ def export_lora(
     adapter_name: str = "default",
     rank: int | None = None,
     overwrite: bool = False,
+    basis: Basis | str | os.PathLike[str] | list[str] | None = None,
 ) -> str:
     """Write an adapter as a plain LoRA folder and return the folder.
 
@@ -56,6 +57,8 @@ def export_lora(
         adapter_name: which adapter of the model.
         rank: best approximation of this rank; default exact, of rank min(D_A, D_B) per module.
         overwrite: replace an existing adapter folder.
+        basis: for a folder or Hub id: where the adapter's basis is now, if it has moved. It must have the digest that
+            the adapter was trained with.
 
     Modules are named as the basis names them, whatever the model is wrapped in: the LoRA is for the base model.
 
@@ -65,7 +68,7 @@ def export_lora(
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise BasisError(f"rank={rank!r} is no positive whole number.")
     if isinstance(model, (str, os.PathLike)):
-        config, modules, rest = _from_folder(model, rank)
+        config, modules, rest = _from_folder(model, rank, basis)
         names: Iterable[str] = modules
     else:
         config, modules, rest = _from_model(model, adapter_name, rank)
@@ -104,10 +107,16 @@ def _from_model(
 
 
 def _from_folder(
-    adapter: str | os.PathLike[str], rank: int | None
+    adapter: str | os.PathLike[str], rank: int | None, basis: Basis | str | os.PathLike[str] | list[str] | None
 ) -> tuple[AttrSubspaceConfig, dict[str, _Exported], dict[str, Tensor]]:
     path, _ = fetch(adapter, [CONFIG, WEIGHTS], "adapter")
     config, tensors = read_adapter(path)
+    if basis is not None:
+        if config.basis_in_adapter:
+            raise BasisError(
+                f"adapter {os.fspath(adapter)!r} holds its basis in its own file: leave basis= (--basis) out."
+            )
+        config.basis, config.basis_revision = basis, None
     provider = BasisProvider(config)
     layouts = {n: ModuleLayout.from_dict(x) for n, x in (config.module_layouts or {}).items()}
     found: dict[str, dict[str, Tensor]] = {}

@@ -50,7 +50,7 @@ def project_lora(
         adapter: folder, Hub id or .safetensors of a LoRA. basis: a Basis, folder or Hub id.
         output: folder to write the resulting attribute-subspace adapter to, atomically.
         attributes, dim: the part of the basis to use, as in AttrSubspaceConfig.
-        missing: "error", or "skip" to lose modules of the LoRA that the basis lacks.
+        missing: "error", or "intersect" to lose modules of the LoRA that the basis lacks.
 
     Raises BasisError where the two do not fit, and for a LoRA that was never trained.
     """

@@ -211,13 +211,13 @@ class AttrSubspaceModel(BaseTuner):
         if not as_lora:
             names = self._provider.names
             module, inside = names.of(name), names.inside(name)
-            if config.missing == "skip" and not (inside and self._provider.covers(module)):
+            if config.missing == "intersect" and not (inside and self._provider.covers(module)):
                 return None
             if not inside:
                 raise BasisError(
                     f"module {name!r}, which target_modules asks for, is outside of the part of the model that the "
                     f"basis is for (module_prefixes={names.prefixes!r}): change target_modules, or set "
-                    "missing='skip' to leave such modules as they are."
+                    "missing='intersect' to leave such modules as they are."
                 )
             self._provider.check_covers(module, layout)
             if config.basis == "psv" and not config.basis_in_adapter:
@@ -254,7 +254,7 @@ class AttrSubspaceModel(BaseTuner):
             )
         if skipped and not admitted:
             raise BasisError(
-                f"missing='skip' skips all targeted modules ({some(skipped)}): the basis has none of them, "
+                f"missing='intersect' skips all targeted modules ({some(skipped)}): the basis has none of them, "
                 f"it has {some(self._provider.modules)}.{names.hint}"
             )
         self._provider.plan(cores)
@@ -557,7 +557,7 @@ def _default_targets(config: AttrSubspaceConfig, provider: BasisProvider, model:
     if absent and config.missing == "error":
         raise BasisError(
             f"the basis covers modules that the model does not have ({some(absent)}), so it was mined for another "
-            "model or another wrapping: choose target_modules, or set missing='skip' to use the rest."
+            "model or another wrapping: choose target_modules, or set missing='intersect' to use the rest."
             f"{names.hint}"
         )
     found = [m for m in provider.modules if m in own]

@@ -76,9 +76,9 @@ class BasisProvider:
                 f"the adapter is for modules that the model does not have ({absent}), so it was trained in another "
                 f"model or another wrapping.{names.hint}"
             )
-        if names.hint and config.missing == "skip":
+        if names.hint and config.missing == "intersect":
             warnings.warn(
-                "missing='skip' leaves out modules of the basis that the model may have under other names."
+                "missing='intersect' leaves out modules of the basis that the model may have under other names."
                 f"{names.hint}",
                 stacklevel=2,
             )
@@ -132,12 +132,13 @@ class BasisProvider:
             if module in basis.modules:
                 raise BasisError(
                     f"the basis holds no direction for module {module!r} (its dimension is 0): "
-                    "leave it out of target_modules or set missing='skip'."
+                    "leave it out of target_modules or set missing='intersect'."
                 )
             near = some(nearest(module, self.modules)) or "none"
             raise BasisError(
                 f"the basis has no module {module!r}, which target_modules asks for; nearest in the basis: {near}. "
-                f"Change target_modules, or set missing='skip' to leave such modules as they are.{self.names.hint}"
+                "Change target_modules, or set missing='intersect' to leave such modules as they are."
+                f"{self.names.hint}"
             )
         known = basis.layout(module)
         if known.shape != layout.shape or known.kind != layout.kind:

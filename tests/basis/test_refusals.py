@@ -175,7 +175,7 @@ def test_different_module_sets(tmp_path):
     paths = save_many(tmp_path, [first, second])
     refused(paths, "block.1.proj", "block.7.extra")
     refused({"a": paths[:1], "b": paths[1:]}, "block.1.proj", "block.7.extra")
-    common = build_basis(paths, dim=2, on_missing="intersect", progress=False)
+    common = build_basis(paths, dim=2, missing="intersect", progress=False)
     assert common.modules == ["block.0.fc"]
 
 
@@ -187,7 +187,7 @@ def test_many_missing_modules_make_a_short_sentence(tmp_path):
 
 def test_no_common_module(tmp_path):
     paths = save_many(tmp_path, [factors(0, {"a": (6, 5)}), factors(1, {"b": (6, 5)})])
-    refused(paths, "module", on_missing="intersect")
+    refused(paths, "module", missing="intersect")
 
 
 def test_different_shapes(tmp_path):
@@ -331,7 +331,7 @@ def test_rank_zero_or_scaling_missing(pair):
         {"max_iter": 0},
         {"tol": -1.0},
         {"allocation": "generous"},
-        {"on_missing": "shrug"},
+        {"missing": "shrug"},
         {"dtype": torch.int32},
         {"device": "warp-drive"},
     ],

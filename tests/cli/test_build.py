@@ -103,7 +103,7 @@ def test_every_option_reaches_the_basis(cli, adapters, tmp_path):
         cli(
             "build-basis", adapters / "texture-0", adapters / "texture-1", "-o", tmp_path / "basis", "--dim", 2,
             "--alpha", 1.5, "--eps", 1e-4, "--max-iter", 7, "--tol", 1e-3, "--allocation", "energy",
-            "--dtype", "bfloat16", "--device", "cpu", "--base-model", "toy/base", "--on-missing", "intersect",
+            "--dtype", "bfloat16", "--device", "cpu", "--base-model", "toy/base", "--missing", "intersect",
         )
     )  # fmt: skip
     basis = Basis.from_pretrained(tmp_path / "basis")

@@ -135,3 +135,88 @@ def test_project_says_what_does_not_fit(cli, tuned, tmp_path):
     other = save_lora(tmp_path / "other", random_factors(SHAPES, 3, generator), base_model=None)
     wrong = cli("project", other, "--basis", basis, "-o", tmp_path / "none")
     assert wrong.code == 2 and "Traceback" not in wrong.err and not (tmp_path / "none").exists()
+
+
+def test_a_part_of_a_basis_is_the_same_bytes(cli, two, tmp_path):
+    whole = Basis.combine([Basis.from_pretrained(folder) for folder in two])
+    whole.save_pretrained(tmp_path / "whole")
+    module = whole.modules[1]
+    for words, names, dims, modules in [
+        (["--attribute", "geometry"], ["geometry"], [2], whole.modules),
+        (["--attribute", "geometry", "--attribute", "texture"], ["geometry", "texture"], [2, 2], whole.modules),
+        (["--dim", 1], ["texture", "geometry"], [1, 1], whole.modules),
+        (["--dim", "geometry=1"], ["texture", "geometry"], [2, 1], whole.modules),
+        (["--modules", module], ["texture", "geometry"], [2, 2], [module]),
+        (["--exclude", whole.modules[0]], ["texture", "geometry"], [2, 2], whole.modules[1:]),
+    ]:
+        done = cli("select", tmp_path / "whole", "-o", tmp_path / "part", "--overwrite", *words)
+        assert done.code == 0, done.err
+        part = Basis.from_pretrained(tmp_path / "part")
+        part.verify()
+        assert (part.attributes, part.modules) == (names, modules) and part.digest in (
+            whole.select(names, dict(zip(names, dims, strict=True)), modules).digest,
+        )
+        for name, dim in zip(names, dims, strict=True):
+            for mine, its in zip(part.factors(module, name), whole.factors(module, name), strict=True):
+                assert torch.equal(mine, its[..., :dim])
+    for words, sentence in [
+        (["--attribute", "light"], "has no attribute 'light'"),
+        (["--dim", "light=1"], "dim names the attribute 'light'"),
+        (["--dim", "x"], "--dim x: give a number"),
+        (["--dim", "2", "--dim", "texture=1"], "for all attributes and for single ones"),
+        (["--modules", "nothing"], "is found in no module"),
+    ]:
+        refused = cli("select", tmp_path / "whole", "-o", tmp_path / "none", *words)
+        assert refused.code == 2 and sentence in refused.err and not (tmp_path / "none").exists()
+
+
+def test_attributes_are_renamed_and_then_combine(cli, two, tmp_path):
+    texture, _ = two
+    clash = cli("combine", texture, texture, "-o", tmp_path / "both")
+    assert clash.code == 2 and "peft-attrsub rename" in clash.err
+    assert cli("rename", texture, "texture=wood", "-o", tmp_path / "wood").code == 0
+    done = cli("combine", texture, tmp_path / "wood", "-o", tmp_path / "both", "--json")
+    assert done.code == 0, done.err
+    both, first = Basis.from_pretrained(tmp_path / "both"), Basis.from_pretrained(texture)
+    both.verify()
+    assert both.attributes == ["texture", "wood"] and both.config.base_model == first.config.base_model == "toy/base"
+    for module in both.modules:
+        for mine, its in zip(both.factors(module, "wood"), first.factors(module, "texture"), strict=True):
+            assert torch.equal(mine, its)
+        assert torch.equal(both.weights(module, "wood"), first.weights(module, "texture"))
+    for words, sentence in [
+        (["light=x"], "has no attribute 'light'"),
+        (["texture=wood"], "two attributes would be called 'wood'"),
+        (["texture=a b"], "cannot name an attribute"),
+        (["texture"], "give OLD=NEW"),
+        (["texture=a", "texture=b"], "each once"),
+    ]:
+        refused = cli("rename", tmp_path / "both", *words, "-o", tmp_path / "none")
+        assert refused.code == 2 and sentence in refused.err, refused.err
+    swapped = both.rename({"texture": "wood", "wood": "texture"})
+    assert swapped.attributes == ["wood", "texture"]
+
+
+def test_export_finds_a_basis_that_has_moved(cli, tuned, tmp_path):
+    basis, adapter, expected, x = tuned
+    basis.rename(tmp_path / "moved")
+    assert cli("export-lora", adapter, "-o", tmp_path / "lora").code == 2
+    done = cli("export-lora", adapter, "-o", tmp_path / "lora", "--basis", tmp_path / "moved")
+    assert done.code == 0, done.err
+    model = PeftModel.from_pretrained(net(), tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    generator = torch.Generator().manual_seed(9)
+    build_basis([save_lora(tmp_path / "o", random_factors(NET, 3, generator))], dim=2, progress=False).save_pretrained(
+        tmp_path / "other"
+    )
+    wrong = cli("export-lora", adapter, "-o", tmp_path / "none", "--basis", tmp_path / "other")
+    assert wrong.code == 2 and "digest" in wrong.err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", ["info", "combine", "select", "rename", "report", "export-lora", "project"])
+def test_what_is_not_here_is_said_before_anything_about_the_hub(cli, tmp_path, command):
+    more = {"rename": ["a=b"], "project": ["--basis", "gone"]}.get(command, [])
+    output = [] if command == "info" else ["-o", tmp_path / "out"]
+    done = cli(command, "gone", *more, *output, cwd=tmp_path)
+    assert done.code == 2 and "there is no file or folder 'gone' here" in done.err

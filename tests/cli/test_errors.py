@@ -8,7 +8,7 @@ import torch
 
 from tests.basis.helpers import SHAPES, edit_config, random_factors, save_lora
 
-COMMANDS = ["build-basis", "info", "combine", "export-lora", "project"]
+COMMANDS = ["build-basis", "info", "combine", "select", "rename", "export-lora", "project"]
 
 
 def sentence(result, *mentions, code=2):
@@ -30,7 +30,7 @@ def test_missing_adapter(cli, adapters, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--dim", "0"), ("--alpha", "3"), ("--alpha", "0"), ("--allocation", "generous"), ("--on-missing", "shrug"),
+    [("--dim", "0"), ("--alpha", "3"), ("--alpha", "0"), ("--allocation", "generous"), ("--missing", "shrug"),
      ("--dtype", "int8"), ("--max-iter", "0"), ("--eps", "0")],
 )  # fmt: skip
 def test_bad_values(cli, adapters, tmp_path, option, value):
@@ -50,8 +50,8 @@ def test_different_modules_and_the_way_out(cli, adapters, tmp_path):
     only = {"block.0.fc": SHAPES["block.0.fc"]}
     short = save_lora(tmp_path / "texture-9", random_factors(only, 3, torch.Generator().manual_seed(5)))
     args = ["build-basis", adapters / "texture-0", short, "-o", tmp_path / "basis"]
-    sentence(cli(*args), "block.1.proj", "texture-9", "--on-missing intersect")
-    assert cli(*args, "--on-missing", "intersect").code == 0
+    sentence(cli(*args), "block.1.proj", "texture-9", "--missing intersect")
+    assert cli(*args, "--missing", "intersect").code == 0
 
 
 def test_nan(cli, tmp_path):
@@ -178,10 +178,12 @@ def test_help_of_each_command(cli, command):
     assert len(result.out.splitlines()) > 5
     wanted = {
         "build-basis": ["--dim", "--alpha", "--eps", "--max-iter", "--tol", "--allocation", "--base-model", "--device",
-                        "--dtype", "--on-missing", "--overwrite", "--json", "--debug", "importance-literal"],
+                        "--dtype", "--missing", "--overwrite", "--json", "--debug", "importance-literal"],
         "info": ["--json"],
         "combine": ["--overwrite"],
-        "export-lora": ["--rank"],
+        "select": ["--attribute", "--dim", "--modules", "--exclude"],
+        "rename": ["OLD=NEW", "--overwrite"],
+        "export-lora": ["--rank", "--basis"],
         "project": ["--basis", "--json"],
     }  # fmt: skip
     for option in wanted[command]:

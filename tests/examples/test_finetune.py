@@ -326,7 +326,7 @@ def test_a_run_from_the_consensus_begins_where_calibration_says(
         )
         sources.append(source / "adapter")
     build_basis({"texture": sources}, dim=2, progress=False).save_pretrained(tmp_path / "basis")
-    tuned = ("--method", "attrsub", "--basis", str(tmp_path / "basis"), "--missing", "skip", "--heads", "frozen")
+    tuned = ("--method", "attrsub", "--basis", str(tmp_path / "basis"), "--missing", "intersect", "--heads", "frozen")
     starts = {"zero": (), "start": ("--start", "consensus", "--start-scale", "0.5")}
     starts["calibrated"] = (*starts["start"], "--calibrate", "1")
     capsys.readouterr()
@@ -360,7 +360,7 @@ def test_from_datasets_to_a_table(tmp_path: Path) -> None:
     run(*cluster, "--launcher", "local", "--parallel", "2", "--per-job", "2")
     adapters = sorted(str(path) for path in (tmp_path / "adapters").iterdir() if not path.name.startswith("."))
     run("-m", "peft_attrsub", "build-basis", *adapters, "-o", "basis", "--dim", "4")
-    tune = [str(FOLDER / "finetune.py"), *smoke, "--method", "attrsub", "--basis", "basis", "--missing", "skip"]
+    tune = [str(FOLDER / "finetune.py"), *smoke, "--method", "attrsub", "--basis", "basis", "--missing", "intersect"]
     run(*tune, "--data", "new/mixed_00", "--out", "runs/ours")
     measure = [str(FOLDER / "evaluate.py"), "--benchmark", "scenes", "--data", "new/mixed_00", "--image-size", "112"]
     measure += ["--model", "vggt-mini", "--random-weights", "0", "--pictures", "0"]

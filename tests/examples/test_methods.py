@@ -324,7 +324,7 @@ def test_a_basis_that_does_not_cover_the_model_is_a_sentence_or_is_skipped(
 ) -> None:
     with pytest.raises(ValueError, match=r"depth_head\..*which target_modules asks for"):
         methods.build(fresh(), methods.ModelSettings(basis=[basis], heads="cores"))
-    settings = methods.ModelSettings(basis=[basis], heads="cores", missing="skip", rank=2)
+    settings = methods.ModelSettings(basis=[basis], heads="cores", missing="intersect", rank=2)
     b = methods.build(fresh(), settings)
     assert b.parts.tensors["camera", "cores"] > 0 and b.parts.tensors["depth", "cores"] == 0
     with pytest.raises(ValueError, match="nowhere"):

@@ -248,3 +248,23 @@ def test_the_cache_stands_in_for_a_hub_that_is_down_or_broken(hub, client, made)
     hub.fail("GET /api/models/", 500, times=1000)
     assert client("load", name="user/x", impatient=True).value["digest"] == digest(made / "basis")
     assert "user/x" in client("load", name="user/x", home="empty", impatient=True).sentence
+
+
+def test_a_folder_in_a_repository(hub, client, made, tmp_path):
+    """user/repo/folder, also with a revision: loaded, looked at, pulled, tuned in, and pinned by an adapter."""
+    root = tmp_path / "several"
+    shutil.copytree(made / "basis", root / "bases" / "first")
+    shutil.copytree(made / "other", root / "bases" / "second")
+    commit = hub.seed(root, "user/many")
+    for name, folder in (("first", "basis"), ("second", "other")):
+        asked = f"user/many/bases/{name}"
+        assert client("load", name=asked).value["digest"] == digest(made / folder)
+        assert client("load", name=f"{asked}@{commit}").value["digest"] == digest(made / folder)
+        shown = json.loads(client.cli("info", asked, "--json", home=f"info-{name}").ok().out)
+        assert (shown["digest"], shown["source"], shown["revision"]) == (digest(made / folder), asked, commit)
+        client.cli("pull", asked, "-o", tmp_path / name, home=f"pull-{name}").ok()
+        assert digest(tmp_path / name) == digest(made / folder)
+    said = client.cli("info", "user/many/bases/third", home="third").sentence
+    assert "has no 'bases/third'" in said
+    said = client.cli("info", "user/many/../x", home="third").sentence
+    assert "expected an existing folder or a Hub id" in said

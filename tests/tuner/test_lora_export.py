@@ -147,11 +147,11 @@ def test_projection_tells_what_is_lost_and_names_what_the_basis_lacks(tmp_path):
     part = psv_basis(base(), dim=4, modules=["tokens"])
     with pytest.raises(BasisError, match=r"head\.proj"):
         project_lora(tmp_path / "lora", part)
-    skipped = project_lora(tmp_path / "lora", part, tmp_path / "part", missing="skip")
+    skipped = project_lora(tmp_path / "lora", part, tmp_path / "part", missing="intersect")
     assert skipped.energy["head.proj"] == 0 and set(skipped.cores) == {"tokens"}
     assert skipped.total_energy < 1
     with pytest.raises(BasisError, match="shape"):
-        project_lora(tmp_path / "lora", psv_basis(TokenModel(), dim=2, modules=["tokens"]), missing="skip")
+        project_lora(tmp_path / "lora", psv_basis(TokenModel(), dim=2, modules=["tokens"]), missing="intersect")
 
 
 def test_a_lora_that_was_never_trained_holds_no_energy(tmp_path):

@@ -395,7 +395,7 @@ def test_two_places_are_told_and_one_can_be_chosen(basis: str) -> None:
     assert {name.split(".")[0] for name in model.targeted_module_names} == {"encoder"}
     with pytest.raises(BasisError, match=r"module 'decoder.layers.0.q'.*outside of the part.*'encoder'"):
         drawn(pair(), basis, module_prefixes={"encoder": ""}, target_modules=["q"])
-    skipping = drawn(pair(), basis, module_prefixes={"encoder": ""}, target_modules=["q"], missing="skip")
+    skipping = drawn(pair(), basis, module_prefixes={"encoder": ""}, target_modules=["q"], missing="intersect")
     assert (
         skipping.targeted_module_names
         and len([n for n, _ in skipping.named_modules() if n.endswith("attrsub_M")]) == 2
@@ -431,8 +431,10 @@ def test_what_is_skipped_is_said_where_it_may_have_another_name(basis: str) -> N
     known = Basis.combine([Basis.from_pretrained(basis)])
     model = Holder(base())
     model.layers = nn.ModuleList([Block()])
-    with pytest.warns(UserWarning, match=r"missing='skip' leaves out.*4 of 4 modules fit below 'vggt' in the model"):
-        peft = drawn(model, known, missing="skip")
+    with pytest.warns(
+        UserWarning, match=r"missing='intersect' leaves out.*4 of 4 modules fit below 'vggt' in the model"
+    ):
+        peft = drawn(model, known, missing="intersect")
     assert set(peft.targeted_module_names) == {"layers.0.q", "layers.0.v"}
 
 

@@ -132,6 +132,6 @@ def test_a_refused_config_leaves_the_model_as_it_was():
 
 def test_skipping_every_module_is_an_error(saved):
     base = nn.Sequential(nn.Linear(8, 8))
-    config = AttrSubspaceConfig(basis=str(saved / "basis"), target_modules=["0"], missing="skip")
+    config = AttrSubspaceConfig(basis=str(saved / "basis"), target_modules=["0"], missing="intersect")
     with pytest.raises(ValueError, match=r"'0'.*'up'"):
         get_peft_model(base, config)

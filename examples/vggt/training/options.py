@@ -53,7 +53,9 @@ class ModelSettings:
     )
     calibrate: int = _set(0, "start=consensus: steps of data on which the factors are found before training (0: none)")
     columns: Literal["orthonormal", "spectral"] = _set("orthonormal", "of the bases; spectral: strong ones are longer")
-    missing: Literal["error", "skip"] = _set("error", "what to do with a matrix of the aggregator the basis lacks")
+    missing: Literal["error", "intersect"] = _set(
+        "error", "what to do with a matrix of the aggregator the basis lacks"
+    )
     heads: Heads | None = _set(None, "what camera and depth head carry (None: full with method full, else lora)")
     core_min_side: int | None = _set(None, "heads=cores: a smaller matrix gets a LoRA (None: D; the paper: 256)")
     rank: int = _set(16, "of LoRA, PiSSA and of the heads' LoRA; the mean final rank of AdaLoRA")
