@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ._machine import is_running
 
 #: What a file system answers that cannot do what was asked, as FUSE, SMB, FAT and old NFS.
 _UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
@@ -26,11 +31,13 @@ def readable(name: str | os.PathLike[str]) -> str:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file next to `path`, then rename it: a reader sees the old file or the whole new one, never a part.
 
-    The file gets the permissions of any new file. Its folder must exist. Raises OSError; what was there then stays.
+    The file gets the permissions of any new file. Its folder must exist. A link is followed. What a killed process of
+    this machine left while it wrote the same file is removed. Raises OSError; what was there then stays.
     """
-    final = Path(path)
-    # Not the whole name: with an ending it could be longer than a name may be. UTF-8 takes 4 bytes a letter at most.
-    handle, beside = tempfile.mkstemp(prefix=f".{final.name[:50]}.", suffix=".tmp", dir=final.parent)
+    final = Path(os.path.realpath(path))
+    prefix = partial_prefix(final)
+    clear_abandoned(final.parent, prefix)
+    handle, beside = tempfile.mkstemp(prefix=f"{prefix}{os.getpid()}-", suffix=".tmp", dir=final.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -42,7 +49,25 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-    return final
+    return Path(path)
+
+
+def partial_prefix(final: Path) -> str:
+    """How the names begin that `final` has while it is written on this machine; the process number follows."""
+    # Not the whole name: with an ending it could be longer than a name may be. UTF-8 takes 4 bytes a letter at most.
+    return f".{final.name[:50]}.partial-{platform.node()}-"
+
+
+def clear_abandoned(folder: Path, prefix: str) -> None:
+    """Remove what processes of this machine that no longer run have left: names of `prefix` and their number."""
+    for path in folder.glob(f"{glob.escape(prefix)}*"):
+        owner = path.name.removeprefix(prefix).partition("-")[0]
+        if not owner.isdecimal() or is_running(int(owner)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync(handle: int) -> None:

@@ -99,6 +99,7 @@ def build(
             raise BasisError(f"--dtype {dtype} is unknown: use {' or '.join(DTYPE_NAMES)}.")
         check_writable(output, CONFIG_NAME, overwrite)
         groups = group_adapters(adapters, checkpoint)
+        check_writable(output, CONFIG_NAME, overwrite, inputs=[one for row in groups.values() for one in row])
         rules = split_rules(rename or [])
         main = _is_main_process()
         if main and not as_json:
@@ -181,7 +182,7 @@ def convert(
     """Read a subspace file of the authors' release into a basis."""
 
     def work() -> None:
-        check_writable(output, CONFIG_NAME, overwrite)
+        check_writable(output, CONFIG_NAME, overwrite, inputs=[file])
         names = split_attributes(attributes)
         from .basis.convert import convert_release
 
@@ -201,7 +202,7 @@ def combine(
     """Put the attributes of several bases into one."""
 
     def work() -> None:
-        check_writable(output, CONFIG_NAME, overwrite)
+        check_writable(output, CONFIG_NAME, overwrite, inputs=bases)
         for name in bases:
             check_word(name, "basis")
         from .basis import Basis
@@ -236,7 +237,7 @@ def select(
     """Keep a part of a basis: some attributes, directions or modules."""
 
     def work() -> None:
-        check_writable(output, CONFIG_NAME, overwrite)
+        check_writable(output, CONFIG_NAME, overwrite, inputs=[basis])
         check_word(basis, "basis")
         dims = split_dims(dim or [])
         from .basis import Basis
@@ -261,7 +262,7 @@ def rename(
     """Give attributes of a basis other names."""
 
     def work() -> None:
-        check_writable(output, CONFIG_NAME, overwrite)
+        check_writable(output, CONFIG_NAME, overwrite, inputs=[basis])
         check_word(basis, "basis")
         pairs = split_names(names)
         from .basis import Basis
@@ -280,11 +281,12 @@ def report(
         typer.Option("--adapter", help="A LoRA to explain by the basis: folder or Hub id; may be repeated."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for static figures (needs matplotlib).")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for every number, as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="File for every number, as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="File for every number, as tidy CSV.")] = None,
     title: Annotated[str | None, typer.Option(help="Title of the report; default the basis' name.")] = None,
     draws: Annotated[int, typer.Option(min=1, help="Random subspaces per size, for the nulls.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the nulls.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the null distributions.")] = 0,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write an HTML report: spectra and patterns, overlap of attributes beside chance, adapters and outliers."""
@@ -294,9 +296,11 @@ def report(
         check_word(basis, "basis")
         for name in adapter or []:
             check_word(name, "adapter", file_ending=".safetensors")
-        for file in (output, json_file, csv_file):
-            if file is not None:
-                check_file(file)
+        files = [file for file in (output, json_file, csv_file) if file is not None]
+        for file in files:
+            check_file(file)
+        if len({os.path.realpath(file) for file in files}) < len(files):
+            raise BasisError("--output, --json-file and --csv must be different files.")
         from .analysis import analyse, save_figures, write_report
 
         found = analyse(basis, adapter or [], draws=draws, seed=seed)
@@ -304,7 +308,9 @@ def report(
         written += [found.save_json(json_file)] if json_file else []
         written += [found.save_csv(csv_file)] if csv_file else []
         written += save_figures(found, png) if png else []
-        print(cli_text.reported(written, time.monotonic() - start))
+        seconds = time.monotonic() - start
+        record = {"written": [str(path) for path in written], "seconds": seconds}
+        _tell(record, as_json, lambda _: cli_text.reported(written, seconds))
 
     _run(work, debug)
 
@@ -377,19 +383,21 @@ def export(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write an adapter as a plain LoRA that stock PEFT loads; exact unless --rank is given."""
 
     def work() -> None:
-        check_writable(output, ADAPTER_CONFIG, overwrite)
+        check_writable(output, ADAPTER_CONFIG, overwrite, kind="LORA", inputs=[adapter])
         check_word(adapter, "adapter")
         for name in basis or []:
             check_word(name, "basis")
         from .tuner import export_lora
 
         where = None if not basis else basis[0] if len(basis) == 1 else basis
-        print(f"wrote the LoRA to {export_lora(adapter, output, rank=rank, overwrite=overwrite, basis=where)}")
+        written = export_lora(adapter, output, rank=rank, overwrite=overwrite, basis=where)
+        _tell({"output": written}, as_json, lambda record: f"wrote the LoRA to {record['output']}")
 
     _run(work, debug)
 
@@ -413,7 +421,7 @@ def project(
     """Turn a LoRA into cores: its part inside the basis, and how much of it that is."""
 
     def work() -> None:
-        check_writable(output, ADAPTER_CONFIG, overwrite)
+        check_writable(output, ADAPTER_CONFIG, overwrite, kind="ATTRSUB", inputs=[adapter, basis])
         check_word(adapter, "adapter", file_ending=".safetensors")
         check_word(basis, "basis")
         from .tuner import project_lora

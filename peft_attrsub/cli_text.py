@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from .basis.errors import BasisError
 from .basis.identity import BaseIdentity
 from .basis.naming import natural_key, some
 
@@ -57,6 +58,7 @@ def _attribute(basis: Basis, name: str) -> dict[str, Any]:
     record: dict[str, Any] = {
         "name": name,
         "kind": config.kind,
+        "dtype": _dtype(basis, name),
         "modules": sum(d > 0 for d in dims),
         "dim_min": min(dims),
         "dim_max": max(dims),
@@ -76,13 +78,22 @@ def _attribute(basis: Basis, name: str) -> dict[str, Any]:
     return record
 
 
+def _dtype(basis: Basis, attribute: str) -> str:
+    try:
+        return str(basis.dtype(attribute)).removeprefix("torch.")
+    except BasisError:  # only the headers of the basis are here
+        return basis.config.dtype
+
+
 def _table(record: dict[str, Any]) -> list[str]:
+    mixed = len({a["dtype"] for a in record["attributes"]}) > 1
     rows = [("attribute", "adapters", "modules", "dim", "captured energy", "muted as outliers")]
     for a in record["attributes"]:
         dims = f"{a['dim_min']}" if a["dim_min"] == a["dim_max"] else f"{a['dim_min']}-{a['dim_max']}"
         energy = f"{100 * a['captured_energy']:.1f} %" if a.get("captured_energy") is not None else "-"
         muted = ", ".join(m["adapter"] for m in a.get("muted", [])) or "-"
-        rows.append((a["name"], str(a.get("adapters", a["kind"])), str(a["modules"]), dims, energy, muted))
+        name = f"{a['name']} ({a['dtype']})" if mixed else a["name"]
+        rows.append((name, str(a.get("adapters", a["kind"])), str(a["modules"]), dims, energy, muted))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

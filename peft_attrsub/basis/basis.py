@@ -113,6 +113,10 @@ class Basis:
         """Whether U S V^T is an update that source adapters agree on, in their own scale."""
         return self.kind(attribute) == "adapters"
 
+    def dtype(self, attribute: str) -> torch.dtype:
+        """The dtype in which the subspaces of an attribute are stored."""
+        return self.singular_values(self.modules[0], attribute).dtype
+
     def spectrum(self, module: str, attribute: str) -> tuple[Tensor, Tensor]:
         """Singular values of C (paper, section 3.3) at the first and at the last IRLS iteration."""
         return self.record(module, attribute, "first"), self.record(module, attribute, "last")
@@ -231,7 +235,16 @@ class Basis:
                 blocks[record.name] = basis._blocks[record.name]
                 records.append(record)
         flat = [basis.pinned_source for basis in bases if isinstance(basis.pinned_source, str)]
-        config = replace(first.config, attributes=records, base=base_of_all(bases), digest=None, command=None)
+        named = next((basis.config for basis in bases if basis.config.base_model), first.config)
+        config = replace(
+            first.config,
+            attributes=records,
+            base_model=named.base_model,
+            base_model_revision=named.base_model_revision,
+            base=base_of_all(bases),
+            digest=None,
+            command=None,
+        )
         return Basis(config, blocks, source=flat if len(flat) == len(bases) else None)
 
     @classmethod

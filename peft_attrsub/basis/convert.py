@@ -20,14 +20,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .._files import clear_abandoned, partial_prefix
 from .basis import Basis
 from .config import AttributeRecord
 from .errors import BasisError
 from .files import check_file
 from .naming import check_attribute, natural_key, some
+from .tensor_file import write_tensors
 
 #: Order in which the release concatenates attributes (its file names say which of them).
 RELEASE_ATTRIBUTES = ("light", "camera", "geometry", "texture")
@@ -113,9 +114,14 @@ def to_release_layout(basis: Basis, path: str | os.PathLike[str], overwrite: boo
             rows.append(s.sqrt()[:, None] * v.T)
             columns.append(u * s.sqrt())
         tensors[f"{key}.A"], tensors[f"{key}.B"] = torch.cat(rows).contiguous(), torch.cat(columns, 1).contiguous()
-    with tempfile.TemporaryDirectory(prefix=f".{final.name}.partial-", dir=final.parent) as beside:
-        save_file(tensors, Path(beside) / final.name, metadata={"format": "pt"})
-        os.replace(Path(beside) / final.name, final)
+    prefix = partial_prefix(final)
+    clear_abandoned(final.parent, prefix)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=final.parent) as beside:
+            write_tensors(tensors, Path(beside) / final.name)
+            os.replace(Path(beside) / final.name, final)
+    except OSError as error:
+        raise BasisError(f"{str(final)!r} cannot be written ({error.strerror}): give another place.") from error
     return final
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .blocks import valid_records
@@ -26,6 +25,7 @@ from .storage import (
     stored_dtype,
     tensor_hash,
 )
+from .tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -62,7 +62,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | str | None, max
     config.digest = type(basis)(config, basis._blocks).digest
     _write_tensors(tensors, folder, max_shard_size)
     if small:
-        _save(small, folder / RECORDS_NAME)
+        write_tensors(small, folder / RECORDS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
     return config
 
@@ -93,18 +93,12 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_size: int
     plan = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
-        get_storage_id=lambda tensor: None,  # every tensor is written on its own, see `_save`
+        get_storage_id=lambda tensor: None,  # every tensor is written on its own, see `write_tensors`
         filename_pattern="basis{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     for name, keys in plan.filename_to_tensors.items():
-        _save({key: tensors[key] for key in keys}, folder / (name if plan.is_sharded else TENSORS_NAME))
+        write_tensors({key: tensors[key] for key in keys}, folder / (name if plan.is_sharded else TENSORS_NAME))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    # Two names may share one storage (e.g. a view): safetensors wants each on its own.
-    alone = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()}
-    save_file(alone, path, metadata={"format": "pt"})

@@ -7,16 +7,20 @@ into the tensor that is handed out: each byte is in memory once, and a short fil
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import BasisError
@@ -31,6 +35,18 @@ _DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
 }
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError where the disk is full, as every other writer does."""
+    # Two names may share one storage (e.g. a view): safetensors wants each on its own.
+    alone = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in tensors.items()}
+    alone = {k: v.contiguous() for k, v in alone.items()}
+    try:
+        save_file(alone, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from peft import PeftConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..basis import BasisError
 from ..basis.adapters import CONFIG, WEIGHTS, refuse_pickle
 from ..basis.files import atomic_folder
+from ..basis.tensor_file import write_tensors
 from .config import AttrSubspaceConfig
 from .keys import modern
+from .registration import SAVED_TYPE
 
 
 def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
@@ -34,10 +37,20 @@ def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
 
 
 def write_adapter(
-    folder: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor], overwrite: bool
+    folder: str | os.PathLike[str],
+    config: PeftConfig,
+    tensors: dict[str, Tensor],
+    overwrite: bool,
+    inputs: Iterable[str | os.PathLike[str]] = (),
 ) -> str:
-    """Write an adapter folder in one step and return its name."""
-    with atomic_folder(folder, CONFIG, overwrite) as beside:
+    """Write an adapter folder in one step and return its name; `inputs` are what it is made from."""
+    with atomic_folder(folder, CONFIG, overwrite, kind=type_of(config), inputs=inputs) as beside:
         config.save_pretrained(str(beside))
-        save_file({k: v.contiguous() for k, v in tensors.items()}, beside / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, beside / WEIGHTS)
     return os.fspath(folder)
+
+
+def type_of(config: PeftConfig) -> str:
+    """The PEFT type of a config, as its file spells it."""
+    whole = SAVED_TYPE if isinstance(config, AttrSubspaceConfig) else str(getattr(config.peft_type, "value", ""))
+    return whole.partition(":")[0]

@@ -78,7 +78,8 @@ def export_lora(
     tensors = dict(rest)
     for name, item in modules.items():
         tensors.update(_tensors(name, item))
-    return write_adapter(folder, lora, tensors, overwrite)
+    inputs = [model] if isinstance(model, (str, os.PathLike)) else []
+    return write_adapter(folder, lora, tensors, overwrite, inputs)
 
 
 def _base(model: PeftModel | BaseTuner) -> torch.nn.Module:

@@ -93,8 +93,14 @@ def project_lora(
         provider = BasisProvider(replace(config, basis_in_adapter=False))
         for module in cores:
             tensors[f"{PEFT_PREFIX}{module}.{keys.FINGERPRINT}"] = provider.fingerprint(module).tensor()
-        result.folder = write_adapter(output, config, tensors, overwrite)
+        result.folder = write_adapter(output, config, tensors, overwrite, _read(adapter, basis))
     return result
+
+
+def _read(adapter: str | os.PathLike[str], basis: Basis | str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """What a projection is made from: folders and files that it must not replace."""
+    sources = basis.source if isinstance(basis, Basis) else basis
+    return [adapter, *(sources if isinstance(sources, list) else [sources] if sources else [])]
 
 
 def _config(lora: LoraAdapter, whole: Basis, part: Basis, dim: Dim, modules: list[str]) -> AttrSubspaceConfig:

@@ -170,7 +170,7 @@ def _mining(out: Path, model: str, scale: Scale) -> list[Step]:
     words += ["--overwrite"]
     product, effort = out / "basis" / "basis_config.json", {"start": 1, "mining": len(ATTRIBUTES) * scale.datasets / 8}
     steps.append(_step("basis", "the subspace of each attribute", words, product, before, effort=effort))
-    words = ["peft-attrsub", "report", out / "basis", "-o", out / "report.html", "--json", out / "analysis.json"]
+    words = ["peft-attrsub", "report", out / "basis", "-o", out / "report.html", "--json-file", out / "analysis.json"]
     words += ["--draws", scale.draws]
     product = out / "report.html"
     steps.append(_step("report", "the report of the basis", words, product, ("basis",), effort={"start": 1}))

@@ -228,7 +228,10 @@ def _drop(root: Path, keep: int) -> None:
 
 def _clear(root: Path) -> None:
     for path in root.glob(_LEFTOVERS):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_room(root: Path, step: int, needed: int) -> None:
