@@ -6,9 +6,7 @@ alpha_pattern, exactly as PEFT matches them. Only safetensors and JSON are read.
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -24,6 +22,7 @@ from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_sha256
 from .hub import fetch
 from .identity import BaseIdentity, adapter_base
 from .layout import ModuleLayout
+from .lora_config import REFUSED, read_lora_config
 from .naming import OUTPUTS, natural_key, saved_names, some, strip_peft_prefix
 from .tensor_file import TensorFile
 
@@ -32,19 +31,6 @@ _PAIRS = {
     ".lora_A.weight": (".lora_B.weight", False),
     ".lora_embedding_A": (".lora_embedding_B", True),
 }
-# Settings under which lora_B @ lora_A is not the change of the base weight.
-_REFUSED = {
-    "use_dora": "DoRA rescales the weight's columns, so its update is not low-rank",
-    "lora_bias": "lora_bias adds a bias to lora_B, which a basis cannot hold",
-    "target_parameters": "target_parameters (MoE experts) adapts stacked parameters, which a basis cannot hold",
-    "use_qalora": "QA-LoRA pools the input, so lora_A does not match the weight's shape",
-    "use_bdlora": "block-diagonal LoRA stores its factors in another layout",
-    "kasa_config": "KaSA trains a diagonal beside the factors",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "layer_replication": "layer_replication renames the modules",
-}
-# These initialisations move a part of W into the adapter: lora_B @ lora_A is then not the change of W.
-_MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ class LoraAdapter:
         else:
             folder, self.revision = fetch(self.source, [WEIGHTS, CONFIG], "adapter")
             self.path = folder / WEIGHTS
-        self.config = self._read_config(folder)
+        self.config = read_lora_config(folder, self.source)
         self._check_weights(folder)
         #: Modules whose LoRA cannot be mined, and why; an error only where such a module is asked for.
         self.unusable: dict[str, str] = {}
@@ -136,6 +122,11 @@ class LoraAdapter:
         with self:
             assert self._file is not None
             a, b = self._file.read(entry.key_a), self._file.read(entry.key_b)
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise BasisError(
+                f"adapter {self.source!r}, module {module!r}: lora_A is {a.dtype}, lora_B is {b.dtype}, expected floating "
+                "point numbers; copy or download the adapter again."
+            )
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
         a, b = a.to(wide), b.to(wide)
         if not _finite(a) or not _finite(b):
@@ -159,40 +150,6 @@ class LoraAdapter:
         if self._depth == 0:
             self._file = None
 
-    def _read_config(self, folder: Path) -> dict[str, Any]:
-        path = folder / CONFIG
-        if not path.is_file():
-            raise BasisError(
-                f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown."
-            )
-        try:
-            config = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise BasisError(f"{str(path)!r} is not valid JSON: {error}.") from error
-        if not isinstance(config, dict):
-            raise BasisError(f"{str(path)!r} holds {config!r}, expected the JSON object that PEFT saves.")
-        kind = str(config.get("peft_type")).upper().rpartition(".")[2]
-        if kind != "LORA":
-            raise BasisError(f"adapter {self.source!r} is of PEFT type {kind!r}: a basis is mined from LORA adapters.")
-        for key, reason in _REFUSED.items():
-            if config.get(key):
-                raise BasisError(f"adapter {self.source!r} uses {key}: {reason}; train it without {key}.")
-        start = str(config.get("init_lora_weights", "")).lower()
-        if start.startswith(_MOVES_WEIGHT):
-            raise BasisError(
-                f"adapter {self.source!r} was initialised by {start!r}, which moves a part of the base weight "
-                "into it: convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) first."
-            )
-        extras = [k for k in ("modules_to_save", "trainable_token_indices") if config.get(k)]
-        extras += ["bias"] if config.get("bias", "none") != "none" else []
-        if extras:
-            warnings.warn(
-                f"adapter {self.source!r} also trained {', '.join(extras)}, which a basis does not hold; "
-                "only its LoRA is mined.",
-                stacklevel=3,
-            )
-        return config
-
     def _check_weights(self, folder: Path) -> None:
         if self.path.is_file():
             return
@@ -204,7 +161,7 @@ class LoraAdapter:
         shapes = {name: entry.shape for name, entry in self._file.entries.items()}
         keys = set(shapes)
         if any("lora_magnitude_vector" in key for key in keys):
-            raise BasisError(f"adapter {self.source!r} uses use_dora: {_REFUSED['use_dora']}.")
+            raise BasisError(f"adapter {self.source!r} uses use_dora: {REFUSED['use_dora']}.")
         found = {}
         for key in sorted(keys, key=natural_key):
             for ending in _PAIRS:
@@ -233,7 +190,9 @@ class LoraAdapter:
         self, name: str, key_a: str, key_b: str, shapes: dict[str, tuple[int, ...]], embedding: bool
     ) -> LoraEntry:
         shape_a, shape_b = shapes[key_a], shapes[key_b]
-        if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= 5:
+        kernel = shape_b[2:]  # of lora_B, which works on one place at a time
+        most = 2 if embedding else 5
+        if len(shape_a) != len(shape_b) or not 2 <= len(shape_a) <= most or 0 in shape_a + shape_b or {*kernel} - {1}:
             raise BasisError(
                 f"adapter {self.source!r}, module {name!r}: shapes {shape_a}, {shape_b} are no LoRA factors."
             )

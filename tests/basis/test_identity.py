@@ -89,7 +89,7 @@ def test_a_basis_keeps_the_base_of_its_adapters(tmp_path: Path) -> None:
     old = Basis.from_pretrained(tmp_path / "basis-texture")
     assert old.config.base is None and old.digest == basis.digest
     path.write_text(json.dumps(record | {"base": {"name": "x"}}))
-    with pytest.raises(BasisError, match="does not describe base weights"):
+    with pytest.raises(BasisError, match="base lacks 'digest'"):
         Basis.from_pretrained(tmp_path / "basis-texture")
 
 
