@@ -124,8 +124,8 @@ class LoraAdapter:
             a, b = self._file.read(entry.key_a), self._file.read(entry.key_b)
         if not (a.is_floating_point() and b.is_floating_point()):
             raise BasisError(
-                f"adapter {self.source!r}, module {module!r}: lora_A is {a.dtype}, lora_B is {b.dtype}, expected floating "
-                "point numbers; copy or download the adapter again."
+                f"adapter {self.source!r}, module {module!r}: lora_A is {a.dtype}, lora_B is {b.dtype}, expected "
+                "floating point numbers; copy or download the adapter again."
             )
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
         a, b = a.to(wide), b.to(wide)

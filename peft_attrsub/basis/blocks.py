@@ -51,8 +51,8 @@ def index_blocks(config: BasisConfig, store: Store) -> dict[str, dict[str, Block
             hashes = attribute.hashes.get(module, ())
             if module in attribute.hashes and len(hashes) != -(-d // CHUNK):
                 raise BasisError(
-                    f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has {len(hashes)} hashes for "
-                    f"{d} directions, expected one for every {CHUNK}."
+                    f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has {len(hashes)} "
+                    f"hashes for {d} directions, expected one for every {CHUNK}."
                 )
             if module in attribute.record_hashes and f"{name}.weights" not in store:
                 raise BasisError(

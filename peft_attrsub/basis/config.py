@@ -151,9 +151,10 @@ class BasisConfig:
             raise BasisError(f"{where!r} is no {CONFIG_NAME} of a basis: it lacks 'attributes' or 'modules'.")
         told = Fields(record, repr(where))
         version = record.get("format")
-        if not is_whole(version, 1) or version > FORMAT:
+        if not isinstance(version, int) or not is_whole(version, 1) or version > FORMAT:
             raise BasisError(
-                f"{where!r} has format {short(version)}, this version of peft_attrsub reads up to {FORMAT}: upgrade it."
+                f"{where!r} has format {short(version)}, this version of peft_attrsub reads up to {FORMAT}: "
+                "upgrade it."
             )
         config = cls(
             attributes=[AttributeRecord.read(entry) for entry in told.objects("attributes")],
@@ -178,8 +179,8 @@ class BasisConfig:
             raise told.wrong("attributes", names, "at least one, each once, and at least one module")
         if seal is not None and seal != _sha256({k: v for k, v in record.items() if k != _SEAL}):
             raise BasisError(
-                f"{where!r} was changed after it was saved ({_SEAL} does not match): {_ADVICE}, or remove {_SEAL} from "
-                "it if you made the change."
+                f"{where!r} was changed after it was saved ({_SEAL} does not match): {_ADVICE}, or remove {_SEAL} "
+                "from it if you made the change."
             )
         return config
 

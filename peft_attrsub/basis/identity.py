@@ -44,13 +44,9 @@ class BaseIdentity:
         """What `to_dict` wrote. Raises BasisError for anything else."""
         fields = Fields(record, where)
         # Names from a stranger's file are printed: control characters have no place in them.
-        told = (
-            fields.name("name"),
-            fields.sha256("digest"),
-            fields.name("revision", None),
-            fields.whole("seed", None, None),
-        )
-        return cls(*told, fields.unknown())
+        name, digest = fields.name("name"), fields.sha256("digest")
+        revision, seed = fields.name("revision", None), fields.whole("seed", None, None)
+        return cls(name, digest, revision, seed, fields.unknown())
 
     @classmethod
     def of(cls, record: object) -> BaseIdentity | None:

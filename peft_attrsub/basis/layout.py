@@ -58,11 +58,10 @@ class ModuleLayout:
         if len(shape) != 2:
             raise fields.wrong("shape", shape, "two whole numbers n, m")
         sides = 1 + int(kind[4]) if kind in _CONV_KINDS.values() else 0
-        if len(kernel) != sides or (sides and prod(kernel) != shape[1]) or (groups != 1 and not sides):
-            raise BasisError(
-                f"{where} is damaged: {short(record)} describes no module layout that this version knows."
-            )
-        return cls(kind, *shape, tuple(kernel), groups, fields.unknown())
+        n, m = shape
+        if len(kernel) != sides or (sides and prod(kernel) != m) or (groups != 1 and not sides):
+            raise BasisError(f"{where} is damaged: {short(record)} is not a module layout that this version knows.")
+        return cls(kind, n, m, tuple(kernel), groups, fields.unknown())
 
     @classmethod
     def from_lora(cls, lora_a: tuple[int, ...], lora_b: tuple[int, ...], embedding: bool) -> ModuleLayout:

@@ -119,5 +119,6 @@ def _check_pattern(told: Fields, key: str, expected: str, check: Any) -> None:
                 re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, RecursionError, OverflowError) as error:
             raise BasisError(
-                f"{told.where} is damaged: {key} has the key {short(pattern)}, expected a regular expression ({error})."
+                f"{told.where} is damaged: {key} has the key {short(pattern)}, expected a regular "
+                f"expression ({error})."
             ) from None
