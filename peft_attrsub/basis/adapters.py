@@ -27,6 +27,7 @@ from .naming import OUTPUTS, natural_key, saved_names, some, strip_peft_prefix
 from .tensor_file import TensorFile
 
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
+_DEFAULT_ALPHA = 8  # of peft.LoraConfig
 _PAIRS = {
     ".lora_A.weight": (".lora_B.weight", False),
     ".lora_embedding_A": (".lora_embedding_B", True),
@@ -213,7 +214,7 @@ class LoraAdapter:
             raise BasisError(
                 f"adapter {self.source!r}, module {name!r} has rank {rank} in the file but {expected} in {CONFIG}."
             )
-        alpha = self._by_pattern("alpha_pattern", (trained, name), self.config.get("lora_alpha", rank))
+        alpha = self._by_pattern("alpha_pattern", (trained, name), self.config.get("lora_alpha", _DEFAULT_ALPHA))
         scaling = alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
         return LoraEntry(key_a, key_b, rank, scaling, ModuleLayout.from_lora(shape_a, shape_b, embedding))
 
