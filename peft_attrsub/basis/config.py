@@ -83,8 +83,12 @@ class AttributeRecord:
 
     @classmethod
     def read(cls, told: Fields) -> AttributeRecord:
+        try:
+            name = check_attribute(told.text("name"))
+        except BasisError as error:
+            raise BasisError(f"{told.where}: {error}") from None
         return cls(
-            name=check_attribute(told.text("name")),
+            name=name,
             kind=told.text("kind", "factors"),
             sources=[SourceRecord.read(source) for source in told.objects("sources", None)],
             untrained=told.row("untrained", "strings", lambda x: isinstance(x, str), None),

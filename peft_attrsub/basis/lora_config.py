@@ -27,9 +27,10 @@ REFUSED = {
 }
 # These initialisations move a part of W into the adapter: lora_B @ lora_A is then not the change of W.
 _MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
-#: Fields of peft.LoraConfig, and of older versions of it, that say nothing about dW. Listed here because importing
-#: PEFT costs seconds.
-_HARMLESS = {
+#: Settings that are not reported as unknown: fields of peft.LoraConfig, today's and older ones, that say nothing
+#: about dW or are refused above. Listed here because importing PEFT costs seconds.
+NOT_REPORTED = {
+    *REFUSED,
     *("alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
     *("lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "runtime_config"),
@@ -54,10 +55,10 @@ def read_lora_config(folder: Path, source: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BasisError(f"{str(path)!r} holds {short(record)}, expected the JSON object that PEFT saves.")
     told = Fields(record, repr(str(path)))
-    kind = told.text("peft_type", "none").upper().rpartition(".")[2]
+    kind = told.text("peft_type", "").upper().rpartition(".")[2]
     if kind != "LORA":
         raise BasisError(f"adapter {source!r} is of PEFT type {short(kind)}: a basis is mined from LORA adapters.")
-    start = _check_values(told)
+    start = check_values(told)
     for key, reason in REFUSED.items():
         if record.get(key):
             raise BasisError(f"adapter {source!r} uses {key}: {reason}; train it without {key}.")
@@ -74,7 +75,7 @@ def read_lora_config(folder: Path, source: str) -> dict[str, Any]:
             "only its LoRA is mined.",
             stacklevel=4,
         )
-    strange = sorted(key for key, value in told.unknown().items() if value and key not in _HARMLESS | set(REFUSED))
+    strange = sorted(key for key, value in told.unknown().items() if value and key not in NOT_REPORTED)
     if strange:
         warnings.warn(
             f"adapter {source!r} has settings that this version does not know: {some(strange)}; they are ignored. If "
@@ -84,7 +85,7 @@ def read_lora_config(folder: Path, source: str) -> dict[str, Any]:
     return record
 
 
-def _check_values(told: Fields) -> str:
+def check_values(told: Fields) -> str:
     """Check the type and range of everything that counts; the initialisation, in small letters."""
     if "r" in told.record:
         told.whole("r", 1)

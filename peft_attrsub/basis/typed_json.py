@@ -82,6 +82,12 @@ def short(value: object) -> str:
     return reprlib.repr(value)
 
 
+def one_line(error: object, most: int = 200) -> str:
+    """What an error of another library says, on one line and cut: it may quote the whole file."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 class Fields:
     """One JSON object, whose values are taken by name.
 

@@ -22,7 +22,7 @@ def places(value, at=()):
         yield from places(value[key], (*at, key))
 
 
-def mutated(record, random):
+def mutated(record, random, renames=True):
     """(path, text of a JSON file in which one value of `record` is another, lost, renamed, doubled or very deep)."""
     record = copy.deepcopy(record)
     path = random.choice(list(places(record)))
@@ -32,7 +32,7 @@ def mutated(record, random):
     last, what = path[-1], random.random()
     if what < 0.1:
         del parent[last]
-    elif what < 0.15 and isinstance(parent, dict):
+    elif what < 0.15 and isinstance(parent, dict) and renames:
         parent[f"{last}x"] = parent.pop(last)
     elif what < 0.2 and isinstance(parent[last], list):
         parent[last] = parent[last] + parent[last][:1]
