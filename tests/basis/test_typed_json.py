@@ -10,8 +10,9 @@ from random import Random
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
-from peft_attrsub import Basis, BasisError, build_basis
+from peft_attrsub import Basis, BasisError, build_basis, export_lora, project_lora
 from peft_attrsub.analysis import analyse
 from peft_attrsub.basis import LoraAdapter, lora_config
 from peft_attrsub.basis.adapters import WEIGHTS
@@ -255,3 +256,28 @@ def test_no_field_of_peft_is_strange(adapter, tmp_path):
     told.record |= {"r": 8, "lora_alpha": 8, "bias": "none", "peft_type": "LORA"}
     lora_config.check_values(told)
     assert set(told.unknown()) - {"peft_type"} <= lora_config.NOT_REPORTED
+
+
+def test_mutated_configs_of_our_own_adapters(adapter, sharded, tmp_path):
+    """export-lora reads adapter_config.json: a mutation is refused in one sentence, or gives the same LoRA."""
+
+    def exported(name):
+        export_lora(folder, tmp_path / name)
+        return {k: v.tolist() for k, v in load_file(tmp_path / name / WEIGHTS).items()}
+
+    folder, random = tmp_path / "cores", Random(0)
+    lora = save_lora(tmp_path / "lora", random_factors(SHAPES, 3, torch.Generator().manual_seed(5)))
+    project_lora(lora, sharded, output=folder)
+    path, before, refused = folder / "adapter_config.json", exported("before"), 0
+    original = json.loads(path.read_text())
+    for number in range(200):
+        place, text = mutated(original, random, renames=False)
+        path.write_text(text)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert exported(f"{number}") == before or place == ("scaling",), place
+        except ValueError as error:  # of which the command makes a sentence and exit status 2
+            assert str(error)
+            refused += 1
+    assert refused > 50
