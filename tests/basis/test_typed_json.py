@@ -270,7 +270,7 @@ def test_mutated_configs_of_our_own_adapters(adapter, sharded, tmp_path):
     project_lora(lora, sharded, output=folder)
     path, before, refused = folder / "adapter_config.json", exported("before"), 0
     original = json.loads(path.read_text())
-    for number in range(200):
+    for number in range(100):
         place, text = mutated(original, random, renames=False)
         path.write_text(text)
         try:
@@ -280,4 +280,4 @@ def test_mutated_configs_of_our_own_adapters(adapter, sharded, tmp_path):
         except ValueError as error:  # of which the command makes a sentence and exit status 2
             assert str(error)
             refused += 1
-    assert refused > 50
+    assert refused > 25
