@@ -12,8 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._machine import is_running
-
 #: What a file system answers that cannot do what was asked, as FUSE, SMB, FAT and old NFS.
 _UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 _NO_LOCKS = _UNABLE | {errno.ENOLCK, errno.ENOTTY}
@@ -60,6 +58,8 @@ def partial_prefix(final: Path) -> str:
 
 def clear_abandoned(folder: Path, prefix: str) -> None:
     """Remove what processes of this machine that no longer run have left: names of `prefix` and their number."""
+    from ._machine import is_running
+
     for path in folder.glob(f"{glob.escape(prefix)}*"):
         owner = path.name.removeprefix(prefix).partition("-")[0]
         if not owner.isdecimal() or is_running(int(owner)):

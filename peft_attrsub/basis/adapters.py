@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -26,29 +26,16 @@ from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_sha256
 from .hub import fetch
 from .identity import BaseIdentity, adapter_base
 from .layout import ModuleLayout
+from .lora_config import declared_extras, read_lora_config
 from .naming import OUTPUTS, saved_names, some, strip_peft_prefix
 from .tensor_file import TensorFile
-from .typed_json import Values, read_object, shown
+from .typed_json import Fields, read_json
 
 WEIGHTS, CONFIG = ADAPTER_WEIGHTS, ADAPTER_CONFIG
 INDEX = f"{WEIGHTS}.index.json"
 #: PEFT's default where a config has no lora_alpha.
 _DEFAULT_ALPHA = 8.0
 _ADVICE = "copy or save the adapter again"
-# Settings under which lora_B @ lora_A is not the change of the base weight.
-_REFUSED = {
-    "use_dora": "DoRA rescales the weight's columns, so its update is not low-rank",
-    "alora_invocation_tokens": "an activated LoRA changes the model only after certain tokens",
-    "lora_bias": "lora_bias adds a bias to lora_B, which a basis cannot hold",
-    "target_parameters": "target_parameters (MoE experts) adapts stacked parameters, which a basis cannot hold",
-    "use_qalora": "QA-LoRA pools the input, so lora_A does not match the weight's shape",
-    "use_bdlora": "block-diagonal LoRA stores its factors in another layout",
-    "kasa_config": "KaSA trains a diagonal beside the factors",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "layer_replication": "layer_replication renames the modules",
-}
-# These initialisations move a part of W into the adapter: lora_B @ lora_A is then not the change of W.
-_MOVES_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -71,6 +58,17 @@ class _Scaling:
     rank_stabilized: bool
     ranks: dict[str, int]
     alphas: dict[str, float]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Scaling:
+        """From a config that `read_lora_config` has checked."""
+        return cls(
+            config.get("r"),
+            config.get("lora_alpha", _DEFAULT_ALPHA),
+            bool(config.get("use_rslora")),
+            config.get("rank_pattern") or {},
+            config.get("alpha_pattern") or {},
+        )
 
 
 class _Unusable(Exception):
@@ -112,13 +110,9 @@ class LoraAdapter:
             folder, self.revision = fetch(self.source, patterns, "adapter")
             sharded = not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file()
             self.path = folder / (INDEX if sharded else WEIGHTS)
-        has_config = (folder / CONFIG).is_file()
-        self.config: dict[str, Any] = self._read_config(folder / CONFIG) if has_config else {}
-        self._scaling = self._read_scaling(folder / CONFIG)
-        if not has_config and not self._needs_no_config():
-            raise BasisError(
-                f"adapter {self.source!r} has no {CONFIG}: without it the scaling of its LoRA is unknown."
-            )
+        own_scaling = not (folder / CONFIG).is_file() and self._needs_no_config()
+        self.config: dict[str, Any] = {} if own_scaling else read_lora_config(folder, self.source)
+        self._scaling = _Scaling.of(self.config)
         self._check_weights(folder)
         self._shards = _shards(self.path) if self.path.name == INDEX else [self.path]
         #: Modules whose LoRA cannot be mined, and why; an error only where such a module is asked for.
@@ -202,52 +196,6 @@ class LoraAdapter:
             return False
         return classify(TensorFile(self.path, "copy or download the adapter again").entries, self.source).holds_alpha
 
-    def _read_config(self, path: Path) -> dict[str, Any]:
-        config = read_object(path, _ADVICE)
-        kind = str(config.get("peft_type")).upper().rpartition(".")[2]
-        if kind != "LORA":
-            raise BasisError(
-                f"adapter {self.source!r} is of PEFT type {shown(kind)}: a basis is mined from LORA adapters."
-            )
-        for key, reason in _REFUSED.items():
-            if config.get(key):
-                raise BasisError(f"adapter {self.source!r} uses {key}: {reason}; train it without {key}.")
-        start = str(config.get("init_lora_weights", "")).lower()
-        if start.startswith(_MOVES_WEIGHT):
-            raise BasisError(
-                f"adapter {self.source!r} was initialised by {start!r}, which moves a part of the base weight "
-                "into it: convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) first."
-            )
-        values = Values(config, repr(str(path)))
-        for key in ("base_model_name_or_path", "revision", "task_type"):
-            values.line(key)
-        return config
-
-    def _read_scaling(self, path: Path) -> _Scaling:
-        values = Values(self.config, repr(str(path)))
-        found = _Scaling(
-            values.integer("r", 1),
-            values.number("lora_alpha", _DEFAULT_ALPHA) or 0.0,
-            values.flag("use_rslora"),
-            values.integers_by_name("rank_pattern", 1),
-            values.numbers_by_name("alpha_pattern"),
-        )
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in values.table(key):
-                try:
-                    re.compile(pattern)
-                except (re.error, OverflowError, RecursionError) as error:
-                    raise BasisError(
-                        f"{values.where}: {key} has the key {shown(pattern)}, which is not a regular expression "
-                        f"({error})."
-                    ) from error
-        return found
-
-    def _declared_extras(self) -> list[str]:
-        """What the config says was trained next to the LoRA."""
-        extras = [key for key in ("modules_to_save", "trainable_token_indices") if self.config.get(key)]
-        return extras + (["bias"] if self.config.get("bias") not in (None, "none") else [])
-
     def _check_weights(self, folder: Path) -> None:
         if self.path.is_file():
             return
@@ -274,7 +222,7 @@ class LoraAdapter:
             raise BasisError(next(iter(self.unusable.values())))
         if not entries:
             raise BasisError(f"adapter {self.source!r} holds no LoRA tensors (found {some(sorted(shapes))}).")
-        for line in told(keys, self._declared_extras(), self.source):
+        for line in told(keys, declared_extras(self.config), self.source):
             warnings.warn(line, stacklevel=3)
         if keys.layout == "kohya" and any("_" in name and "." not in name for name in entries):
             warnings.warn(
@@ -347,7 +295,11 @@ def _by_pattern(patterns: dict[str, Any], names: tuple[str, ...], default: Any) 
 
 def _shards(index: Path) -> list[Path]:
     """The files that a sharded adapter's index names, in order."""
-    names = Values(read_object(index, _ADVICE), repr(str(index))).table("weight_map").values()
+    names = (
+        Fields(read_json(index, _ADVICE), repr(str(index)))
+        .table("weight_map", "anything", lambda x: True, {})
+        .values()
+    )
     files = sorted({name for name in names if isinstance(name, str)})
     if not files or len(files) < len(set(map(str, names))) or any(Path(name).name != name for name in files):
         raise BasisError(f"{str(index)!r} must name files of its own folder in weight_map: {_ADVICE}.")

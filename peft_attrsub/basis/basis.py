@@ -16,9 +16,9 @@ from torch import Tensor
 from .blocks import (
     Block,
     check_factors,
+    checked_records,
     corrupted,
     index_blocks,
-    valid_records,
 )
 from .card import model_card
 from .config import CONFIG_NAME, AttributeRecord, BasisConfig, read_config
@@ -38,7 +38,6 @@ from .storage import (
     MemoryStore,
     chunk_hashes,
     stored_dtype,
-    tensor_hash,
 )
 from .views import Dim, base_of_all, check_dims, check_same_model, of_view
 
@@ -137,6 +136,10 @@ class Basis:
             mined = f"{block.name}.weights" in block.store
             why = "was cut to fewer directions" if mined else "was not mined from adapters"
             raise BasisError(f"attribute {attribute!r} {why}, so it has no {part} in module {module!r}.")
+        if f"{block.name} records" not in self._checked:
+            found = checked_records(block)
+            self._checked.add(f"{block.name} records")
+            return found[part]
         return block.store.get(f"{block.name}.{part}")
 
     def ranks(self, module: str, attribute: str) -> Tensor | None:
@@ -315,9 +318,7 @@ class Basis:
         for attribute in self.attributes:
             for module in self.modules:
                 self._stored(module, attribute)
-                block, known = self._block(module, attribute), self._record(attribute).record_hashes.get(module)
-                if known and tensor_hash(valid_records(block)) != known:
-                    raise BasisError(corrupted(attribute, module))
+                checked_records(self._block(module, attribute))
         self._check_digest()
 
     def _check_digest(self) -> None:

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from .config import AttributeRecord, BasisConfig
 from .errors import BasisError
-from .storage import AT_DIM, CHUNK, FACTORS, RECORDS_NAME, Store, read_records
+from .storage import (
+    AT_DIM,
+    CHUNK,
+    FACTORS,
+    RECORDS,
+    RECORDS_NAME,
+    SPECTRA,
+    Store,
+    read_records,
+    tensor_hash,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,7 @@ class Block:
     dim: int
     stored: int
     hashes: tuple[str, ...] | list[str] = ()
+    record_hash: str | None = None
 
 
 def index_blocks(config: BasisConfig, store: Store) -> dict[str, dict[str, Block]]:
@@ -37,14 +48,43 @@ def index_blocks(config: BasisConfig, store: Store) -> dict[str, dict[str, Block
                     f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has shapes {shapes}, "
                     f"expected (d, {layout.n}), (d,), (d, {layout.m})."
                 )
+            hashes = attribute.hashes.get(module, ())
+            if module in attribute.hashes and len(hashes) != -(-d // CHUNK):
+                raise BasisError(
+                    f"the basis is damaged: attribute {attribute.name!r}, module {module!r} has {len(hashes)} "
+                    f"hashes for {d} directions, expected one for every {CHUNK}."
+                )
             if module in attribute.record_hashes and f"{name}.weights" not in store:
                 raise BasisError(
                     f"the basis is incomplete: it lacks the spectra and weights of attribute {attribute.name!r}, "
                     f"module {module!r}, which its config announces ({RECORDS_NAME}); copy or download it again."
                 )
-            row[module] = Block(store, name, d, d, attribute.hashes.get(module, ()))
+            _check_records(store, attribute, name)
+            row[module] = Block(store, name, d, d, hashes, attribute.record_hashes.get(module))
         blocks[attribute.name] = row
     return blocks
+
+
+def _check_records(store: Store, attribute: AttributeRecord, name: str) -> None:
+    """Refuse records of another shape than (number of sources,); spectra are one row of any length."""
+    for part in RECORDS:
+        if (full := f"{name}.{part}") not in store:
+            continue
+        shape, of_sources = store.shape(full), part not in SPECTRA
+        if len(shape) != 1 or (of_sources and shape[0] != len(attribute.sources)):
+            raise BasisError(
+                f"the basis is damaged: {full} has shape {shape}, expected "
+                + (f"({len(attribute.sources)},), one number for each source." if of_sources else "one row.")
+            )
+
+
+def checked_records(block: Block) -> dict[str, Tensor]:
+    """All stored records of a subspace, by part. Raises BasisError where they do not match their sha256."""
+    found = read_records(block.store, block.name)
+    if block.record_hash is not None and tensor_hash(found) != block.record_hash:
+        attribute, _, module = block.name.partition(".")
+        raise BasisError(corrupted(attribute, module))
+    return found
 
 
 def kept_hashes(record: AttributeRecord, row: dict[str, Block]) -> dict[str, list[str]]:
@@ -55,7 +95,7 @@ def kept_hashes(record: AttributeRecord, row: dict[str, Block]) -> dict[str, lis
 
 def valid_records(block: Block) -> dict[str, Tensor]:
     """The records of a subspace that hold for the directions in use, by part."""
-    found = read_records(block.store, block.name)
+    found = checked_records(block)
     return found if block.dim == block.stored else {k: v for k, v in found.items() if k not in AT_DIM}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TypeVar
 
 import torch
@@ -284,11 +285,11 @@ def _checked(dim: int, alpha: float, eps: float, max_iter: int, tol: float, dtyp
         raise BasisError(f"dim={dim!r} is no positive whole number.")
     if not 0 < alpha <= 2:
         raise BasisError(f"alpha={alpha!r} is outside (0, 2]: 2 is plain averaging, smaller mutes outliers more.")
-    if not eps > 0:
-        raise BasisError(f"eps={eps!r} is not positive: weights would be infinite where an adapter fits exactly.")
+    if not 0 < eps < inf:
+        raise BasisError(f"eps={eps!r} is not positive and finite: weights would be infinite where an adapter fits.")
     if not isinstance(max_iter, int) or max_iter < 1:
         raise BasisError(f"max_iter={max_iter!r} is no positive whole number.")
-    if not tol >= 0:
-        raise BasisError(f"tol={tol!r} is negative: give the relative change of the objective to stop at.")
+    if not 0 <= tol < inf:
+        raise BasisError(f"tol={tol!r} is not 0 or more: give the relative change of the objective to stop at.")
     stored_dtype(dtype)
     return IrlsSettings(alpha, eps, max_iter, tol)

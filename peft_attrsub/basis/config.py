@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ from .errors import BasisError
 from .identity import BaseIdentity
 from .layout import ModuleLayout
 from .naming import check_attribute
+from .typed_json import Fields, canonical, is_sha256, is_whole, read_json, short
 
 FORMAT = 1
 CONFIG_NAME = "basis_config.json"
 #: Dtypes in which a basis can be stored, by their names in torch.
 DTYPE_NAMES = ("float32", "bfloat16")
+#: The sha256 over everything else in the file.
+_SEAL = "config_sha256"
+_ADVICE = "copy or build the basis again"
+
+
+def _filled(record: object) -> dict[str, Any]:
+    """The fields of a record that are not empty, without `unknown`, whose keys stand next to them."""
+    known = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "unknown"}  # type: ignore[arg-type]
+    return {k: v for k, v in known.items() if v not in (None, {}, [])}
 
 
 @dataclass
@@ -26,6 +37,16 @@ class SourceRecord:
     id: str
     revision: str | None = None
     sha256: str | None = None
+    #: Keys of a newer version, kept as they are.
+    unknown: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "revision": self.revision, "sha256": self.sha256, **self.unknown}
+
+    @classmethod
+    def read(cls, told: Fields) -> SourceRecord:
+        known = told.text("id"), told.text("revision", None), told.sha256("sha256", None)
+        return cls(*known, told.unknown())
 
 
 @dataclass
@@ -53,6 +74,40 @@ class AttributeRecord:
     iterations: dict[str, int] = field(default_factory=dict)
     hashes: dict[str, list[str]] = field(default_factory=dict)
     record_hashes: dict[str, str] = field(default_factory=dict)
+    #: Keys of a newer version, kept as they are.
+    unknown: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        record = {**_filled(self), **self.unknown}
+        return record | ({"sources": [source.to_dict() for source in self.sources]} if self.sources else {})
+
+    @classmethod
+    def read(cls, told: Fields) -> AttributeRecord:
+        try:
+            name = check_attribute(told.text("name"))
+        except BasisError as error:
+            raise BasisError(f"{told.where}: {error}") from None
+        return cls(
+            name=name,
+            kind=told.text("kind", "factors"),
+            sources=[SourceRecord.read(source) for source in told.objects("sources", None)],
+            untrained=told.row("untrained", "strings", lambda x: isinstance(x, str), None),
+            dim=told.whole("dim", 0, None),
+            allocation=told.text("allocation", None),
+            alpha=told.number("alpha", default=None),
+            eps=told.number("eps", default=None),
+            max_iter=told.whole("max_iter", 0, None),
+            tol=told.number("tol", default=None),
+            seed=told.whole("seed", None, None),
+            iterations=told.table("iterations", "whole numbers from 0 up", lambda x: is_whole(x, 0), None),
+            hashes=told.table("hashes", "lists of sha256", _are_hashes, None),
+            record_hashes=told.table("record_hashes", "sha256 of 64 hex digits", is_sha256, None),
+            unknown=told.unknown(),
+        )
+
+
+def _are_hashes(value: object) -> bool:
+    return isinstance(value, list) and all(map(is_sha256, value))
 
 
 @dataclass
@@ -72,48 +127,70 @@ class BasisConfig:
     library_version: str | None = None
     command: str | None = None
     format: int = FORMAT
+    #: Keys of a newer version, kept as they are.
+    unknown: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        record = {k: v for k, v in self.__dict__.items() if k not in ("attributes", "modules", "base")}
+        apart = ("attributes", "modules", "base", "unknown")
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart} | self.unknown
         if self.base is not None:
             record["base"] = self.base.to_dict()
-        record["attributes"] = [
-            {k: v for k, v in asdict(a).items() if v not in (None, {}, [])} for a in self.attributes
-        ]
-        record["modules"] = {name: layout.to_dict() for name, layout in self.modules.items()}
+        record["attributes"] = [attribute.to_dict() for attribute in self.attributes]
+        record["modules"] = {name: {**layout.unknown, **layout.to_dict()} for name, layout in self.modules.items()}
         return record
+
+    def to_json(self) -> str:
+        """The text of basis_config.json: `to_dict` and its sha256, which `from_dict` checks."""
+        record = self.to_dict()
+        return json.dumps({**record, _SEAL: _sha256(record)}, indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, record: object, where: str) -> BasisConfig:
-        """Read what `to_dict` wrote; `where` is named in the error."""
+        """Read what `to_dict` or `to_json` wrote; `where` is named in the error.
+
+        Raises BasisError for a newer format, for values of the wrong type or range, and for a record that was changed
+        after its sha256 was taken. One without a sha256 is of an earlier version.
+        """
         if not isinstance(record, dict) or "attributes" not in record or "modules" not in record:
             raise BasisError(f"{where!r} is no {CONFIG_NAME} of a basis: it lacks 'attributes' or 'modules'.")
+        told = Fields(record, repr(where))
         version = record.get("format")
-        if not isinstance(version, int) or version > FORMAT or version < 1:
+        if not isinstance(version, int) or not is_whole(version, 1) or version > FORMAT:
             raise BasisError(
-                f"{where!r} has format {version!r}, this version of peft_attrsub reads up to {FORMAT}: upgrade it."
+                f"{where!r} has format {short(version)}, this version of peft_attrsub reads up to {FORMAT}: "
+                "upgrade it."
             )
-        try:
-            attributes = []
-            for entry in record["attributes"]:
-                known = {k: v for k, v in entry.items() if k in AttributeRecord.__dataclass_fields__}
-                sources = [SourceRecord(**source) for source in known.pop("sources", [])]
-                attributes.append(AttributeRecord(**known, sources=sources))
-            modules = {str(name): ModuleLayout.from_dict(layout) for name, layout in record["modules"].items()}
-            plain = ("base_model", "base_model_revision", "dtype", "digest", "library_version", "command")
-            config = cls(attributes, modules, **{k: record[k] for k in plain if k in record}, format=version)
-            config.base = BaseIdentity.of(record.get("base"))
-            if config.base is None and record.get("base") is not None:
-                raise ValueError(
-                    f"base = {record['base']!r} does not describe base weights: expected a name and a digest"
-                )
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            if isinstance(error, BasisError):
-                raise
-            raise BasisError(f"{where!r} is damaged: {error!r} while reading it.") from error
-        for attribute in config.attributes:
-            check_attribute(attribute.name)
+        config = cls(
+            attributes=[AttributeRecord.read(entry) for entry in told.objects("attributes")],
+            modules={
+                name: ModuleLayout.from_dict(layout, f"{where!r}, modules[{short(name)}]")
+                for name, layout in told.table("modules", "objects", lambda x: isinstance(x, dict)).items()
+            },
+            base_model=told.text("base_model", None),
+            base_model_revision=told.text("base_model_revision", None),
+            dtype=told.one_of("dtype", DTYPE_NAMES, "float32"),
+            digest=told.sha256("digest", None),
+            library_version=told.text("library_version", None),
+            command=told.text("command", None),
+            format=told.whole("format", 1),
+        )
+        seal, base = told.sha256(_SEAL, None), record.get("base")
+        if base is not None:
+            config.base = BaseIdentity.read(base, f"{where!r}, base")
+        config.unknown = {key: value for key, value in told.unknown().items() if key != "base"}
+        names = [attribute.name for attribute in config.attributes]
+        if not names or not config.modules or len(set(names)) != len(names):
+            raise told.wrong("attributes", names, "at least one, each once, and at least one module")
+        if seal is not None and seal != _sha256({k: v for k, v in record.items() if k != _SEAL}):
+            raise BasisError(
+                f"{where!r} was changed after it was saved ({_SEAL} does not match): {_ADVICE}, or remove {_SEAL} "
+                "from it if you made the change."
+            )
         return config
+
+
+def _sha256(record: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(record)).hexdigest()
 
 
 def read_config(folder: Path, name: str | os.PathLike[str]) -> BasisConfig:
@@ -122,8 +199,4 @@ def read_config(folder: Path, name: str | os.PathLike[str]) -> BasisConfig:
     if not path.is_file():
         hint = " (it holds a PEFT adapter)" if (folder / "adapter_config.json").is_file() else ""
         raise BasisError(f"{os.fspath(name)!r} has no {CONFIG_NAME}, so it is no basis{hint}.")
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BasisError(f"{str(path)!r} is not valid JSON ({error}): copy or build the basis again.") from error
-    return BasisConfig.from_dict(record, str(path))
+    return BasisConfig.from_dict(read_json(path, _ADVICE), str(path))

@@ -6,14 +6,12 @@ is the key "base". Both are optional: what has no record, such as an adapter of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BasisError
-
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+from .typed_json import Fields
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class BaseIdentity:
     digest: str
     revision: str | None = None
     seed: int | None = None
+    #: Keys of a newer version, kept as they are.
+    unknown: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         facts = [] if self.seed is None else [f"untrained weights, seed {self.seed}"]
@@ -36,20 +36,25 @@ class BaseIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it, without what is None."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        record = {key: getattr(self, key) for key in ("name", "digest", "revision", "seed")}
+        return {**{key: value for key, value in record.items() if value is not None}, **self.unknown}
+
+    @classmethod
+    def read(cls, record: object, where: str) -> BaseIdentity:
+        """What `to_dict` wrote. Raises BasisError for anything else."""
+        fields = Fields(record, where)
+        # Names from a stranger's file are printed: control characters have no place in them.
+        name, digest = fields.name("name"), fields.sha256("digest")
+        revision, seed = fields.name("revision", None), fields.whole("seed", None, None)
+        return cls(name, digest, revision, seed, fields.unknown())
 
     @classmethod
     def of(cls, record: object) -> BaseIdentity | None:
         """What `to_dict` wrote; None for anything else."""
-        if not isinstance(record, Mapping):
+        try:
+            return cls.read(record, "the base")
+        except BasisError:
             return None
-        name, digest, revision, seed = (record.get(key) for key in ("name", "digest", "revision", "seed"))
-        if not isinstance(name, str) or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            return None
-        if not isinstance(revision, (str, type(None))) or not isinstance(seed, (int, type(None))):
-            return None
-        # Names from a stranger's file are printed: control characters have no place in them.
-        return cls(name, digest, revision, seed) if f"{name}{revision}".isprintable() else None
 
 
 def adapter_base(config: Mapping[str, Any]) -> BaseIdentity | None:

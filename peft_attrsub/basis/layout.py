@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .errors import BasisError
+from .typed_json import Fields, is_whole, short
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _CONV_KINDS = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
 KINDS = ("linear", *_CONV_KINDS.values(), "embedding")
+_SIZE = "whole numbers from 1 up"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ModuleLayout:
     m: int
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    #: Keys of a newer version, kept as they are.
+    unknown: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,12 +50,18 @@ class ModuleLayout:
         return record
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> ModuleLayout:
-        kind, (n, m) = record["kind"], record["shape"]
-        kernel = tuple(int(k) for k in record.get("kernel", ()))
-        if kind not in KINDS or (kernel and prod(kernel) != m):
-            raise BasisError(f"{record!r} describes no module layout that this version knows.")
-        return cls(kind, int(n), int(m), kernel, int(record.get("groups", 1)))
+    def from_dict(cls, record: object, where: str = "a module layout") -> ModuleLayout:
+        """Read what `to_dict` wrote; `where` is named in the error."""
+        fields = Fields(record, where)
+        kind, shape = fields.one_of("kind", KINDS), fields.row("shape", _SIZE, _is_size)
+        kernel, groups = fields.row("kernel", _SIZE, _is_size, None), fields.whole("groups", 1, 1)
+        if len(shape) != 2:
+            raise fields.wrong("shape", shape, "two whole numbers n, m")
+        sides = 1 + int(kind[4]) if kind in _CONV_KINDS.values() else 0
+        n, m = shape
+        if len(kernel) != sides or (sides and prod(kernel) != m) or (groups != 1 and not sides):
+            raise BasisError(f"{where} is damaged: {short(record)} is not a module layout that this version knows.")
+        return cls(kind, n, m, tuple(kernel), groups, fields.unknown())
 
     @classmethod
     def from_lora(cls, lora_a: tuple[int, ...], lora_b: tuple[int, ...], embedding: bool) -> ModuleLayout:
@@ -94,3 +104,7 @@ class ModuleLayout:
     def as_filter(self, columns: torch.Tensor) -> torch.Tensor:
         """B (m x d) of a convolution as the filter bank (d x in/groups x k...) that computes B^T x."""
         return columns.T.reshape(columns.shape[1], *self.kernel)
+
+
+def _is_size(value: object) -> bool:
+    return is_whole(value, 1)

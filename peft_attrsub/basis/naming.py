@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 from .errors import BasisError
+from .typed_json import short
 
 _ATTRIBUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Under which PEFT saves the modules of a model.
@@ -22,7 +23,7 @@ def check_attribute(name: object) -> str:
     """Return `name` if it may name an attribute (it becomes part of tensor names in the basis file)."""
     if not isinstance(name, str) or not _ATTRIBUTE.fullmatch(name):
         raise BasisError(
-            f"{name!r} cannot name an attribute: use 1 to 64 letters, digits, '_' or '-', beginning with a "
+            f"{short(name)} cannot name an attribute: use 1 to 64 letters, digits, '_' or '-', beginning with a "
             "letter or digit, without dots, spaces or path separators."
         )
     return name

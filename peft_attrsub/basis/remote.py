@@ -30,6 +30,8 @@ class HeaderStore:
         return self._records.bytes_read
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._records:
+            return self._records.shape(name)
         if name not in self._shapes:
             raise BasisError(f"the basis on the Hub lacks the tensor {name!r} that its config announces.")
         return self._shapes[name]

@@ -63,7 +63,7 @@ def write_basis(basis: Basis, folder: Path, dtype: torch.dtype | str | None, max
     _write_tensors(tensors, folder, max_shard_size)
     if small:
         write_tensors(small, folder / RECORDS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
     return config
 
 

@@ -16,7 +16,6 @@ The subspaces are in basis.safetensors (or its shards), the rest, which is small
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,9 +27,11 @@ from torch import Tensor
 from .config import DTYPE_NAMES
 from .errors import BasisError
 from .tensor_file import TensorFile
+from .typed_json import Fields, read_json, short
 
 FACTORS = ("Ut", "S", "Vt")
 RECORDS = ("first", "last", "weights", "residuals", "energy", "ranks")
+SPECTRA = ("first", "last")
 # Records that hold for the mined dim only.
 AT_DIM = ("residuals", "energy")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -123,14 +124,19 @@ def tensor_files(folder: Path) -> list[str]:
     index = folder / INDEX_NAME
     if not index.is_file():
         return [TENSORS_NAME]
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = any(Path(name).name != name for name in names)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BasisError(f"{str(index)!r} is damaged: {error!r}; copy or build the basis again.") from error
-    if outside:
-        raise BasisError(f"{str(index)!r} points outside its folder, which a basis never does.")
-    return names
+    advice = "copy or build the basis again"
+    told = Fields(read_json(index, advice), repr(str(index)))
+    names = set(told.table("weight_map", "file names", lambda x: isinstance(x, str)).values())
+    for name in names:
+        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise BasisError(
+                f"{str(index)!r} points outside its folder ({short(name)}), which a basis never does: {advice}."
+            )
+        if not name.endswith(".safetensors"):
+            raise told.wrong("weight_map", name, "names of safetensors files")
+    if not names:
+        raise told.wrong("weight_map", {}, "names of safetensors files")
+    return sorted(names)
 
 
 def _all_files(folder: Path) -> list[str]:

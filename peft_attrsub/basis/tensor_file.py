@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import BasisError
+from .typed_json import one_line
 
 _DTYPES = {
     "F64": torch.float64,
@@ -118,4 +119,6 @@ class TensorFile:
             return self._file.readinto(target) or 0
 
     def _damaged(self, why: object) -> BasisError:
-        return BasisError(f"{str(self._path)!r} is truncated or no safetensors file ({why}): {self._advice}.")
+        return BasisError(
+            f"{str(self._path)!r} is truncated or no safetensors file ({one_line(why)}): {self._advice}."
+        )

@@ -1,196 +1,220 @@
-"""JSON from strangers, value by value: every one has the type and range that it must have, or there is a sentence."""
+"""JSON of strangers: parsed strictly, and every value that counts asked for by its type and range.
+
+`read_json` refuses what other readers take in silence: a key given twice, bytes that are not UTF-8, half a Unicode
+letter, nesting that no config has. `Fields` holds one object; every error names the file, the key, the value and what
+was expected.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
-from math import isfinite
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar, overload
 
 from .errors import BasisError
 
-_HEX = re.compile(r"[0-9a-f]{64}")
-# Characters of a value that an error shows.
-_SHOWN = 60
+T = TypeVar("T")
+#: Levels of objects and lists that a file may have; what Python can write again is a few hundred.
+MAX_DEPTH = 64
+_REQUIRED: Any = object()
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def read_object(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises BasisError with the advice for anything else, however broken."""
+class _Twice(ValueError):
+    """A key is given twice."""
+
+
+def read_json(path: Path, advice: str) -> Any:
+    """The value in a JSON file. Raises BasisError where it is not sound; `advice` ends the sentence."""
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise BasisError(f"{str(path)!r} is nested too deeply to be read: {advice}.") from None
-    except (ValueError, OSError) as error:
-        raise BasisError(f"{str(path)!r} is not valid JSON ({error}): {advice}.") from error
-    if not isinstance(found, dict):
-        raise BasisError(f"{str(path)!r} holds {shown(found)}, expected a JSON object: {advice}.")
-    return found
+        text = path.read_bytes().decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        depth = _depth(value)
+    except OSError as error:
+        raise BasisError(f"{str(path)!r} cannot be read ({error.strerror}): {advice}.") from error
+    except (RecursionError, ValueError) as error:
+        why = _reason(error)
+        raise BasisError(f"{str(path)!r} {why}: {advice}.") from None
+    if depth > MAX_DEPTH:
+        raise BasisError(f"{str(path)!r} is nested deeper than {MAX_DEPTH} levels: {advice}.")
+    return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} occurs twice")
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in found if keys.count(key) > 1))
     return found
 
 
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a JSON number")
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"is nested deeper than {MAX_DEPTH} levels"
+    if isinstance(error, _Twice):
+        return f"gives the key {short(str(error))} twice"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not valid JSON (byte {error.start} is not UTF-8)"
+    if isinstance(error, UnicodeEncodeError):
+        return "is not valid JSON (a string holds half a surrogate pair)"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON ({error})"
+    return "is not valid JSON (a number has too many digits)"
 
 
-def shown(value: object) -> str:
-    """A value for an error: on one line, cut when long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def _depth(value: Any) -> int:
+    """Levels of nesting, counted without recursion."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        depth += 1
+        level = [one for part in level for one in (part.values() if isinstance(part, dict) else part)]
+    return depth
 
 
-class Values:
-    """The values of a JSON object under their keys, each checked as it is taken.
+def short(value: object) -> str:
+    """A value as an error shows it: one line, a long one cut."""
+    return reprlib.repr(value)
 
-    where: what the errors begin with. A key that is absent or null gives the default; all errors are BasisError.
-    `rest` holds the keys that have not been asked for.
+
+def one_line(error: object, most: int = 200) -> str:
+    """What an error of another library says, on one line and cut: it may quote the whole file."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(error))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+class Fields:
+    """One JSON object, whose values are taken by name.
+
+    where: the file, and the path inside of it, as errors name it. Every method takes a key and gives its value, or the
+    default where the key is absent; without a default it must be there. With a default of None, null is allowed too.
     """
 
-    def __init__(self, record: object, where: str) -> None:
+    def __init__(self, value: object, where: str) -> None:
         self.where = where
-        if not isinstance(record, Mapping):
-            raise BasisError(f"{where} is {shown(record)}, expected a JSON object.")
-        self._record = record
+        if not isinstance(value, dict):
+            raise BasisError(f"{where} holds {short(value)}, expected a JSON object.")
+        self.record: dict[str, Any] = value
         self._taken: set[str] = set()
 
-    @property
-    def rest(self) -> dict[str, Any]:
-        return {key: value for key, value in self._record.items() if key not in self._taken}
-
-    def refuse(self, key: str, expected: str) -> NoReturn:
-        raise BasisError(f"{self.where}: {key} must be {expected}, got {shown(self._record.get(key))}.")
-
-    def _take(self, key: str) -> Any:
+    def _take(self, key: str, default: T, expected: str, check: Callable[[Any], bool]) -> Any:
         self._taken.add(key)
-        return self._record.get(key)
-
-    def text(self, key: str, default: str | None = None) -> str | None:
-        value = self._take(key)
-        if value is None:
+        if key not in self.record:
+            if default is _REQUIRED:
+                raise BasisError(f"{self.where} lacks {key!r}, expected {expected}.")
             return default
-        if not isinstance(value, str) or not _sound(value):
-            self.refuse(key, "text")
+        value = self.record[key]
+        if not (value is None and default is None) and not check(value):
+            raise self.wrong(key, value, expected)
         return value
 
-    def line(self, key: str, default: str | None = None) -> str | None:
-        """Text that is printed in one line."""
-        value = self.text(key, default)
-        if value is not None and not value.isprintable():
-            self.refuse(key, "text without control characters")
-        return value
+    def wrong(self, key: str, value: object, expected: str) -> BasisError:
+        """The error for a value that is not what was expected."""
+        return BasisError(f"{self.where} is damaged: {key} is {short(value)}, expected {expected}.")
 
-    def one_of(self, key: str, allowed: tuple[str, ...], default: str) -> str:
-        value = self._take(key)
-        if value is None:
-            return default
-        if value not in allowed or not isinstance(value, str):
-            self.refuse(key, f"one of {', '.join(allowed)}")
-        return value
+    def unknown(self) -> dict[str, Any]:
+        """What nobody has asked for."""
+        return {key: value for key, value in self.record.items() if key not in self._taken}
 
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self._take(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.refuse(key, "true or false")
-        return value
+    @overload
+    def text(self, key: str) -> str: ...
+    @overload
+    def text(self, key: str, default: T) -> str | T: ...
+    def text(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A string."""
+        return self._take(key, default, "a string", lambda x: isinstance(x, str))
 
-    def integer(self, key: str, least: int, default: int | None = None) -> int | None:
-        value = self._take(key)
-        if value is None:
-            return default
-        if not _is_integer(value, least):
-            self.refuse(key, f"an integer of {least} or more")
-        return int(value)
+    @overload
+    def name(self, key: str) -> str: ...
+    @overload
+    def name(self, key: str, default: T) -> str | T: ...
+    def name(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A string that can be printed on one line: control characters have no place in a name."""
+        return self._take(key, default, "a string of one line", lambda x: isinstance(x, str) and x.isprintable())
 
-    def number(self, key: str, default: float | None = None, least: float | None = None) -> float | None:
-        value = self._take(key)
-        if value is None:
-            return default
-        if not _is_number(value) or (least is not None and value < least):
-            self.refuse(key, "a finite number" + ("" if least is None else f" of {least:g} or more"))
-        return float(value)
-
-    def digest(self, key: str) -> str | None:
+    @overload
+    def sha256(self, key: str) -> str: ...
+    @overload
+    def sha256(self, key: str, default: T) -> str | T: ...
+    def sha256(self, key: str, default: Any = _REQUIRED) -> Any:
         """A sha256 in hex."""
-        value = self._take(key)
-        if value is not None and not (isinstance(value, str) and _HEX.fullmatch(value)):
-            self.refuse(key, "64 hexadecimal digits")
-        return value
+        return self._take(key, default, "a sha256 of 64 hex digits", is_sha256)
 
-    def items(self, key: str) -> list[Any]:
-        value = self._take(key)
-        if value is not None and not isinstance(value, list):
-            self.refuse(key, "a list")
-        return value or []
+    @overload
+    def whole(self, key: str, low: int | None) -> int: ...
+    @overload
+    def whole(self, key: str, low: int | None, default: T) -> int | T: ...
+    def whole(self, key: str, low: int | None, default: Any = _REQUIRED) -> Any:
+        """A whole number, from `low` up where that is given."""
+        expected = "a whole number" if low is None else f"a whole number from {low} up"
+        return self._take(key, default, expected, lambda x: is_whole(x, low))
 
-    def strings(self, key: str) -> list[str]:
-        found = self.items(key)
-        if not all(isinstance(value, str) and value.isprintable() and _sound(value) for value in found):
-            self.refuse(key, "a list of texts")
+    @overload
+    def number(self, key: str, limit: float = ...) -> float: ...
+    @overload
+    def number(self, key: str, limit: float = ..., *, default: T) -> float | T: ...
+    def number(self, key: str, limit: float = math.inf, *, default: Any = _REQUIRED) -> Any:
+        """A finite number, not larger than `limit` in magnitude."""
+        kind = "a finite number" if limit == math.inf else f"a number from -{limit:g} to {limit:g}"
+        return self._take(key, default, kind, lambda x: is_number(x, limit))
+
+    def flag(self, key: str, default: bool | None = None) -> bool | None:
+        """true or false."""
+        found: bool | None = self._take(key, default, "true or false", lambda x: isinstance(x, bool))
         return found
 
-    def table(self, key: str) -> dict[str, Any]:
-        value = self._take(key)
-        if value is not None and not isinstance(value, dict):
-            self.refuse(key, "an object")
-        return value or {}
+    def one_of(self, key: str, allowed: tuple[str, ...], default: Any = _REQUIRED) -> str:
+        """One of several strings."""
+        expected = f"one of {', '.join(map(repr, allowed))}"
+        found: str = self._take(key, default, expected, lambda x: isinstance(x, str) and x in allowed)
+        return found
 
-    def integers_by_name(self, key: str, least: int) -> dict[str, int]:
-        return self._by_name(
-            key, lambda x: _is_integer(x, least), f"an integer of {least} or more for every name", int
-        )
+    def table(self, key: str, expected: str, check: Callable[[Any], bool], default: Any = _REQUIRED) -> dict[str, Any]:
+        """An object whose values all pass `check`; null counts as empty where a default is given."""
+        asked = f"an object of {expected}"
+        found = self._take(key, None if default is not _REQUIRED else default, asked, lambda x: isinstance(x, dict))
+        for name, value in (found or {}).items():
+            if not check(value):
+                raise self.wrong(f"{key}[{short(name)}]", value, expected)
+        return found or {}
 
-    def numbers_by_name(self, key: str) -> dict[str, float]:
-        return self._by_name(key, _is_number, "a finite number for every name", float)
+    def row(self, key: str, expected: str, check: Callable[[Any], bool], default: Any = _REQUIRED) -> list[Any]:
+        """A list whose entries all pass `check`; null counts as empty where a default is given."""
+        asked = f"a list of {expected}"
+        found = self._take(key, None if default is not _REQUIRED else default, asked, lambda x: isinstance(x, list))
+        for number, value in enumerate(found or []):
+            if not check(value):
+                raise self.wrong(f"{key}[{number}]", value, expected)
+        return found or []
 
-    def digests_by_name(self, key: str) -> dict[str, str]:
-        return self._by_name(key, _is_digest, "64 hexadecimal digits for every name", str)
-
-    def digest_lists_by_name(self, key: str) -> dict[str, list[str]]:
-        def sound(value: object) -> bool:
-            return isinstance(value, list) and all(map(_is_digest, value))
-
-        return self._by_name(key, sound, "a list of 64 hexadecimal digits each for every name", list)
-
-    def _by_name(self, key: str, sound: Callable[[Any], bool], expected: str, kind: Callable[[Any], Any]) -> Any:
-        found = self.table(key)
-        for value in found.values():
-            if not sound(value):
-                raise BasisError(f"{self.where}: {key} must have {expected}, got {shown(value)}.")
-        return {name: kind(value) for name, value in found.items()}
-
-
-def _sound(text: str) -> bool:
-    """No lone surrogates, which JSON can spell and UTF-8 cannot."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    def objects(self, key: str, default: Any = _REQUIRED) -> Iterator[Fields]:
+        """The objects of a list."""
+        for number, value in enumerate(self.row(key, "objects", lambda x: isinstance(x, dict), default)):
+            yield Fields(value, f"{self.where}, {key}[{number}]")
 
 
-def _is_integer(value: object, least: int) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and least <= value < 2**63  # type: ignore[operator]
+def is_whole(value: object, low: int | None = None) -> bool:
+    """A whole number, from `low` up, that 64 bits hold; true and false are not numbers."""
+    return type(value) is int and (-(2**63) if low is None else low) <= value < 2**64
 
 
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return isfinite(float(value))
-    except OverflowError:
-        return False
+def is_number(value: object, limit: float = math.inf) -> bool:
+    """A finite number, not larger than `limit` in magnitude."""
+    if type(value) is int:
+        return abs(value) <= min(limit, 2**63)
+    return type(value) is float and math.isfinite(value) and abs(value) <= limit
 
 
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and _HEX.fullmatch(value) is not None
+def is_sha256(value: object) -> bool:
+    """64 hex digits."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """A JSON object as bytes that depend on its meaning only, not on spaces or the order of keys."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()

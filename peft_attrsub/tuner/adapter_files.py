@@ -15,6 +15,7 @@ from ..basis import BasisError
 from ..basis.adapters import CONFIG, WEIGHTS, refuse_pickle
 from ..basis.files import atomic_folder
 from ..basis.tensor_file import write_tensors
+from ..basis.typed_json import one_line, read_json
 from .config import AttrSubspaceConfig
 from .keys import modern
 from .registration import SAVED_TYPE
@@ -26,7 +27,11 @@ def read_adapter(folder: Path) -> tuple[AttrSubspaceConfig, dict[str, Tensor]]:
         refuse_pickle(folder, str(folder))
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise BasisError(f"{str(folder)!r} is no saved adapter: it needs {CONFIG} and {WEIGHTS}.")
-    config = PeftConfig.from_pretrained(str(folder))
+    read_json(folder / CONFIG, "copy or download the adapter again")  # PEFT takes what is not sound, or stumbles
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError) as error:
+        raise BasisError(f"{str(folder / CONFIG)!r} is not the config of an adapter: {one_line(error)}.") from error
     if not isinstance(config, AttrSubspaceConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise BasisError(f"{str(folder)!r} holds a {kind} adapter, expected an attribute-subspace adapter.")

@@ -15,6 +15,7 @@ from ..basis import Basis, BasisError
 from ..basis.hub import split_revision
 from ..basis.joint import check_columns
 from .adapter_card import update_card
+from .config_types import check_types
 from .names import ModuleNames, check_prefixes
 from .registration import SAVED_TYPE, peft_type
 from .start import CONSENSUS, check_scale
@@ -137,6 +138,7 @@ class AttrSubspaceConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_types(self)
         self.peft_type = peft_type()
         # Set by `tying`, read by PEFT; not part of the saved config.
         self.modules_to_tie: set[str] | None = None

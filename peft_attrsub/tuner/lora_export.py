@@ -24,6 +24,7 @@ from ..basis.naming import PEFT_PREFIX, base_name, strip_peft_prefix
 from .adapter_files import read_adapter, write_adapter
 from .config import AttrSubspaceConfig
 from .factors import Bases, assemble, read_widths, slices_of, to_lora
+from .fingerprint import Fingerprint
 from .keys import old_blocks
 from .names import ModuleNames
 from .places import places
@@ -157,6 +158,12 @@ def _stored_bases(
         blocks = old_blocks(parts["sizes"], parts["A"], parts["B"]) if widths is None else read_widths(widths)
         return Bases(parts["A"].float(), parts["B"].float(), slices_of(config.attributes or [""], blocks), "")
     if provider.basis is not None:
+        own = Fingerprint.read(parts["M.basis"]) if "M.basis" in parts else None
+        if own is not None and not own.same(provider.fingerprint(name)):
+            raise BasisError(
+                f"the core of module {name!r} belongs to other columns than the adapter's {CONFIG} names, of the "
+                f"basis {own}: the config was changed after it was saved; copy or download the adapter again."
+            )
         return provider.make(name, provider.basis.layout(name), None)
     raise BasisError(
         f"the adapter's file holds no basis for module {name!r} and basis={config.basis!r} needs the model: "
@@ -179,6 +186,11 @@ def _export(
             "update: merge the adapter instead, or leave the module out."
         )
     matrix = torch.eye(a.shape[1]) if core is None else core
+    if matrix.shape != (a.shape[1], b.shape[1]):
+        raise BasisError(
+            f"the core of module {name!r} has shape {tuple(matrix.shape)}, its basis {a.shape[1]} and {b.shape[1]} "
+            "columns: the adapter's config was changed after it was saved; copy or download the adapter again."
+        )
     left, right = to_lora(a, matrix, b, rank)
     return _Exported(left * scaling, right, layout)
 

@@ -44,7 +44,8 @@ def in_the_old_way(folder, ranks=False):
                 name = f"{attribute['name']}.{module}"
                 old = {part: kept[f"{name}.{part}"] for part in PARTS if part != "ranks"}
                 attribute["record_hashes"][module] = tensor_hash(old)
-        (folder / "basis_config.json").write_text(json.dumps(config))
+    del config["config_sha256"]
+    (folder / "basis_config.json").write_text(json.dumps(config))
     return folder
 
 

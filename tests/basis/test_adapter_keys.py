@@ -330,4 +330,4 @@ def test_an_odd_config_is_one_line_in_the_shell(tmp_path):
     command = [sys.executable, "-m", "peft_attrsub", "build-basis", f"x={folder}", "-o", str(tmp_path / "basis")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and not (tmp_path / "basis").exists()
-    assert done.stderr.splitlines()[-1].endswith("lora_alpha must be a finite number, got '16'.")
+    assert done.stderr.splitlines()[-1].endswith("lora_alpha is '16', expected a number from -1e+06 to 1e+06.")

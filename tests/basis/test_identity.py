@@ -86,10 +86,14 @@ def test_a_basis_keeps_the_base_of_its_adapters(tmp_path: Path) -> None:
     record = json.loads(path.read_text())
     assert record.pop("base") == TRAINED.to_dict() and record["format"] == 1
     path.write_text(json.dumps(record))
+    with pytest.raises(BasisError, match="changed after it was saved"):
+        Basis.from_pretrained(tmp_path / "basis-texture")
+    del record["config_sha256"]
+    path.write_text(json.dumps(record))
     old = Basis.from_pretrained(tmp_path / "basis-texture")
     assert old.config.base is None and old.digest == basis.digest
     path.write_text(json.dumps(record | {"base": {"name": "x"}}))
-    with pytest.raises(BasisError, match="does not describe base weights"):
+    with pytest.raises(BasisError, match="base lacks 'digest'"):
         Basis.from_pretrained(tmp_path / "basis-texture")
 
 

@@ -208,3 +208,38 @@ def test_typer_runner_agrees_with_the_real_process(cli, adapters, tmp_path):
     json.loads(good.stdout)
     assert runner.invoke(app, ["info", str(tmp_path / "basis")]).exit_code == 0
     assert runner.invoke(app, ["frobnicate"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"lora_alpha": None}, "lora_alpha"), ({"lora_alpha": "16"}, "lora_alpha"), ({"lora_alpha": float("nan")}, "nan"),
+     ({"r": 0}, "r is 0"), ({"rank_pattern": {"*.fc": 4}}, "'*.fc'"), ({"rank_pattern": ["fc"]}, "rank_pattern"),
+     ({"base_model_name_or_path": ["a"]}, "expected a string"), ({"eva_config": [[]] * 2}, None)],
+)  # fmt: skip
+def test_values_of_another_type_in_an_adapter(cli, adapters, tmp_path, changes, word):
+    edit_config(adapters / "texture-0", **changes)
+    result = cli("build-basis", adapters, "-o", tmp_path / "basis", "--dim", "2")
+    if word is None:  # a value that does not count
+        assert result.code == 0
+    else:
+        sentence(result, word, "texture-0", "adapter_config.json")
+        assert not (tmp_path / "basis").exists()
+
+
+def test_a_config_of_an_adapter_nested_without_end(cli, adapters, tmp_path):
+    path = adapters / "texture-0" / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", '{"x": ' + "[" * 99999 + "]" * 99999 + ",", 1))
+    sentence(cli("build-basis", adapters, "-o", tmp_path / "basis"), str(path), "nested deeper")
+
+
+def test_damaged_records_and_configs_are_not_shown(cli, adapters, tmp_path):
+    """info shows what was saved, or says what is damaged; without --verify too."""
+    folder = tmp_path / "basis"
+    assert cli("build-basis", adapters, "-o", folder, "--dim", "2").code == 0
+    records, config = folder / "basis_records.safetensors", folder / "basis_config.json"
+    whole = records.read_bytes()
+    records.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    sentence(cli("info", folder), "does not match its sha256")
+    records.write_bytes(whole)
+    config.write_text(config.read_text().replace('"iterations": {', '"iterations": {"x": 1,'))
+    sentence(cli("info", folder), str(config), "config_sha256")

@@ -23,7 +23,9 @@ def copied(folder, target, **changes):
     """A copy of a basis whose basis_config.json says something else."""
     shutil.copytree(folder, target)
     path = target / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    record = {**json.loads(path.read_text()), **changes}
+    del record["config_sha256"]
+    path.write_text(json.dumps(record))
     return target
 
 
