@@ -49,7 +49,8 @@ class Basis:
     """Subspaces of several attributes over the modules of one model; immutable.
 
     Made by `build_basis`, `psv_basis`, `random_basis`, `Basis.from_factors` or `Basis.from_pretrained`. A
-    basis from disk is lazy: tensors are read when asked for, and checked against their sha256 when read whole.
+    basis from disk is lazy: tensors are read when asked for, and those of a module are checked against their sha256
+    when the first of them is read.
     """
 
     def __init__(

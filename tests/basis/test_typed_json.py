@@ -181,7 +181,7 @@ def test_mutated_headers(sharded, adapter):
 def test_flipped_bits(sharded):
     """Any bit of any file that is read: the same numbers, or one sentence."""
     random, before = Random(0), shown(sharded)
-    for path in sorted(sharded.iterdir()):
+    for path in (*sharded.glob("*.json"), sharded / "basis_records.safetensors", next(sharded.glob("basis-*"))):
         data = path.read_bytes()
         for _ in range(200):
             path.write_bytes(flipped(data, random))
