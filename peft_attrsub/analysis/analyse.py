@@ -203,6 +203,7 @@ def _explained(captured: Captured) -> dict[str, Any]:
 
     return {
         "adapter": captured.adapter,
+        "source_of": captured.source_of,
         "modules_missing": captured.missing,
         "joint": captured.joint.share,
         "expected": captured.joint.expected,

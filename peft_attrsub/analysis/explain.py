@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -53,7 +53,7 @@ class Captured:
 
     joint, attributes: over the adapter's whole ||dW||^2, modules that the basis lacks included. modules: one by
     one, those whose update is not zero. missing: modules that the basis lacks, or whose LoRA is no single matrix
-    (grouped convolutions; these are in no share).
+    (grouped convolutions; these are in no share). source_of: attributes of the basis that were mined from it.
     """
 
     adapter: str
@@ -61,6 +61,7 @@ class Captured:
     attributes: dict[str, Share]
     modules: list[CapturedModule]
     missing: list[str]
+    source_of: list[str] = field(default_factory=list)
 
 
 def captured_energy(
@@ -97,7 +98,9 @@ def captured_energy(
     total = lost + sum(one.norm for one in found)
     joint = _mean([(one.norm, one.joint) for one in found], total)
     by_name = {a: _mean([(one.norm, one.attributes[a]) for one in found], total) for a in part.attributes}
-    return Captured(lora.public_name, joint, by_name, found, sorted(missing, key=natural_key))
+    digest = lora.sha256()
+    source_of = [a.name for a in whole.config.attributes if any(source.sha256 == digest for source in a.sources)]
+    return Captured(lora.public_name, joint, by_name, found, sorted(missing, key=natural_key), source_of)
 
 
 def _mean(shares: Sequence[tuple[float, Share]], total: float) -> Share:

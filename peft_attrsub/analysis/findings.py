@@ -87,7 +87,8 @@ def _spectra(data: dict[str, Any]) -> Finding:
             "Spectra", "No spectra to read", "This basis was not mined from adapters, or holds no records of it."
         )
     total = patterns.total()
-    (first, count), *_ = patterns.most_common()
+    first, *tied = _most(patterns)
+    count = patterns[first]
     bars = []
     for attribute in data["basis"]["attributes"]:
         own = Counter(_known((s for s in data["spectra"] if s["attribute"] == attribute), "pattern"))
@@ -95,17 +96,33 @@ def _spectra(data: dict[str, Any]) -> Finding:
             parts = [
                 (p, own[p] / own.total(), f"{PATTERNS[p]}: {own[p]} of {own.total()}") for p in PATTERNS if own[p]
             ]
-            most, often = own.most_common(1)[0]
-            bars.append(Bar(attribute, parts, f"{percent(often / own.total())} {SHORT[most]}"))
-    dropping = percent(1 - patterns["none"] / total)
+            most, *others = _most(own)
+            often = percent(own[most] / own.total())
+            text = f"a tie: {often} each" if others else f"{often} {SHORT[most]}"
+            bars.append(Bar(attribute, parts, text))
+    dropping = total - patterns["none"]
+    have = f"{dropping} of {total} spectra {'has' if dropping == 1 else 'have'} one"
+    if total == 1:
+        have = "the one spectrum has one" if dropping else "the one spectrum has none"
+    share = percent(count / total)
+    headline = f"{PATTERNS[first].capitalize()} in {share} of the spectra"
+    if total == 1:
+        headline = PATTERNS[first].capitalize()
+    elif tied:
+        names = " and ".join(PATTERNS[p] for p in (first, *tied))
+        headline = f"A tie: {names}, {share} of the spectra each"
     return Finding(
         "Spectra",
-        f"{PATTERNS[first].capitalize()} in {percent(count / total)} of the spectra",
-        f"A drop, a sharp fall of the singular values, marks where a shared subspace ends: {dropping} of {total} "
-        "spectra have one.",
+        headline,
+        f"A drop, a sharp fall of the singular values, marks where a shared subspace ends: {have}.",
         bars,
         keys=[(pattern, SHORT[pattern]) for pattern in PATTERNS if patterns[pattern]],
     )
+
+
+def _most(counts: Counter[str]) -> list[str]:
+    """The most frequent patterns: several where they tie."""
+    return [name for name in PATTERNS if counts[name] == max(counts.values())]
 
 
 def _dimension(data: dict[str, Any]) -> Finding | None:
@@ -164,7 +181,8 @@ def _overlap(data: dict[str, Any]) -> Finding:
     text = f"Median smallest eigenvalue, {closest['side']} side (0 = a shared direction, 1 = orthogonal). "
     text += f"{against[0].upper()}{against[1:]}. "
     text += (
-        f"{percent(closest['share_below_null'])} of {counted(closest['modules'], 'module')} lie under the random band."
+        f"{percent(closest['share_below_null'])} of {counted(closest['modules'], 'module')} "
+        f"{'lies' if closest['modules'] == 1 else 'lie'} under the random band."
     )
     names = f"{closest['attribute']} and {closest['other']}"
     if any(pair["median"] < pair["null_low"] for pair in pairs):
@@ -208,7 +226,10 @@ def _adapters(data: dict[str, Any]) -> Finding | None:
         if highest["muted_share"]:
             share = percent(highest["muted_share"])
             text += f" The lowest weights: {highest['adapter']}, muted in {share} of its modules."
-        return Finding("Adapters", f"None of {counted(len(adapters), 'adapter')} is muted", text, bars)
+        headline = (
+            "The one adapter is not muted" if len(adapters) == 1 else f"None of {len(adapters)} adapters is muted"
+        )
+        return Finding("Adapters", headline, text, bars)
     names = [f"{a['adapter']} ({a['attribute']}, in {percent(a['muted_share'])} of its modules)" for a in muted[:5]]
     rest = f" and {len(muted) - 5} more" if len(muted) > 5 else ""
     verb = "is" if len(muted) == 1 else "are"
@@ -224,19 +245,20 @@ def _explained(data: dict[str, Any]) -> Finding | None:
     rows = data["explained"]
     if not rows:
         return None
-    best = max(rows, key=lambda row: row["joint"])
+    best = max(rows, key=lambda row: (not row["source_of"], row["joint"]))
     bars = [
         Bar(
-            row["adapter"],
+            f"{row['adapter']} (a source)" if row["source_of"] else row["adapter"],
             [("energy", row["joint"], f"joint share {percent(row['joint'])}")],
             f"{percent(row['joint'])} (random {percent(row['expected'])})",
         )
         for row in rows[:5]
     ]
+    whose = f"{best['adapter']}, a source of it" if best["source_of"] else best["adapter"]
     return Finding(
         "Explained adapters",
-        f"The basis holds {percent(best['joint'])} of {best['adapter']}",
-        "Share of an adapter's squared norm, all attributes together, beside what a random update of the same size "
-        "would have.",
+        f"The basis holds {percent(best['joint'])} of {whose}",
+        "Share of an adapter's squared norm, all attributes together, and what a random update of the same size would "
+        "have. A source of the basis says little: it was mined from it.",
         bars,
     )

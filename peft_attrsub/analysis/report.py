@@ -84,7 +84,7 @@ def _lead(data: dict[str, Any]) -> str:
     basis = data["basis"]
     sizes = f"{counted(len(data['modules']), 'module')} × {counted(len(basis['attributes']), 'attribute')}"
     mined = f", mined from {counted(len(data['adapters']), 'adapter')}" if data["adapters"] else ""
-    model = f" of <b>{escape(basis['base_model'])}</b>" if basis["base_model"] else ""
+    model = f" of <b>{escape(basis['base_model'])}</b>" if basis["base_model"] else "; base model unknown"
     return f"{sizes}{mined}{model}"
 
 

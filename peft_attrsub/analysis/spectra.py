@@ -25,7 +25,8 @@ DROP_RULE = (
     "that is at least four times (in logarithms) the typical, median fall over h values of the same spectrum. Falls "
     "that touch, or have their steepest step in common, count as one; a drop is placed at its steepest step, and must "
     "have 2 h values (at least 4) below it (the last values of any square matrix fall off). Values under 1e-6 of the "
-    "largest count as 1e-6, and falls that reach there do not count as typical."
+    "largest count as 1e-6, and falls that reach there do not count as typical; a drop to them counts only where "
+    "there is no other."
 )
 PATTERN_RULE = (
     "At-rank: one drop, within h of the adapters' rank. Beyond-rank: one drop, further on. Two-step: two drops or "
@@ -74,7 +75,11 @@ def find_drops(values: Tensor, rank: int) -> list[Drop]:
         if at + 1 <= logs.shape[0] - max(2 * h, 4):
             # Two runs may share their steepest step.
             found[at + 1] = max(found.get(at + 1, 0.0), exp(float(logs[start] - logs[stop - 1 + h])))
-    return [Drop(index, factor) for index, factor in found.items()]
+    floor = _FLOOR * float(values[0])
+    inside_the_spectrum = [index for index in found if float(values[index]) > floor]
+    # The fall to rounding is the end of the spectrum: a drop of its own only where nothing above it falls.
+    kept = inside_the_spectrum or list(found)
+    return [Drop(index, found[index]) for index in kept]
 
 
 def largest_fall(values: Tensor, rank: int) -> float:

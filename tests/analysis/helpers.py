@@ -67,7 +67,7 @@ def drops_slowly(values, rank):
 
     A fall by 3 or more over h = ceil(rank / 8) values, at least four times the median fall in logarithms; falls
     that touch are one; at its steepest step; 2 h values (at least 4) below it; values count as 1e-6 of the largest
-    at least, and falls that reach that are not typical.
+    at least, and falls that reach that are not typical. A drop to there counts only if it is alone.
     """
     values = [float(v) for v in values]
     if not values or values[0] <= 0:
@@ -94,7 +94,8 @@ def drops_slowly(values, rank):
         if len(values) - above >= max(2 * h, 4):
             drops.append((above, math.exp(logs[first] - logs[last])))
     # One per steepest step, with the larger of the falls that share it.
-    return [(above, max(f for a, f in drops if a == above)) for above in dict(drops)]
+    single = [(above, max(f for a, f in drops if a == above)) for above in dict(drops)]
+    return [(above, factor) for above, factor in single if values[above] > 1e-6 * values[0]] or single
 
 
 def near_a_threshold(values, rank, margin=1e-9):

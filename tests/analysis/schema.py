@@ -55,7 +55,8 @@ SCHEMA = {
         "weight_max": NUMBER, "residual_median": NUMBER, "energy_median": NUMBER, "muted_share": NUMBER, "muted": bool,
     }],
     "explained": [{
-        "adapter": str, "modules_missing": [str], "joint": NUMBER, "expected": NUMBER, "attributes": ByName(SHARE),
+        "adapter": str, "source_of": [str], "modules_missing": [str], "joint": NUMBER, "expected": NUMBER,
+        "attributes": ByName(SHARE),
         "modules": [{"module": str, "norm": NUMBER, "joint": NUMBER, "expected": NUMBER, "attributes": ByName(SHARE)}],
     }],
 }  # fmt: skip

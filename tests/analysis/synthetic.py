@@ -298,6 +298,7 @@ def _explained(
 
     return {
         "adapter": f"adapters/{name}",
+        "source_of": [],
         "modules_missing": [],
         "joint": over_all(lambda r: r["joint"]),
         "expected": over_all(lambda r: r["expected"]),

@@ -1,6 +1,7 @@
 """Captured energy against dense matrices: dW and the projections are formed, and nothing is clever."""
 
 import math
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -300,3 +301,22 @@ def test_a_module_that_cannot_be_read_is_not_passed_over(tmp_path):
         assert "conv" in str(error)
     else:
         assert found.missing == ["conv"]
+
+
+def test_a_source_of_the_basis_is_marked(tmp_path):
+    """By its tensors: a copy under another name is one too; its share leads no finding."""
+    from peft_attrsub.analysis import analyse
+    from peft_attrsub.analysis.findings import findings
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"blocks.0.fc": (20, 16), "blocks.1.fc": (20, 16)}
+    folders = [save_lora(tmp_path / f"x-{i}", random_factors(shapes, 3, generator)) for i in range(3)]
+    basis = build_basis({"texture": folders[:2]}, dim=2, progress=False)
+    shutil.copytree(folders[0], tmp_path / "copy")
+    found = analyse(basis, [tmp_path / "copy", folders[2]], draws=5).to_dict()
+    assert [one["source_of"] for one in found["explained"]] == [["texture"], []]
+    (explained,) = [one for one in findings(found) if one.topic == "Explained adapters"]
+    assert explained.headline.endswith("of x-2") and [bar.label for bar in explained.bars] == [
+        "copy (a source)",
+        "x-2",
+    ]

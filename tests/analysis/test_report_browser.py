@@ -263,7 +263,8 @@ def test_filters_reach_every_part_below(opened: Open, report: Path) -> None:
     assert points(page, "#explained-bars")[0]["x"][-1] == pytest.approx(share)
     weights = [s["weights"][0] for s in data["spectra"] if s["module"] in kept and s["attribute"] == "texture"]
     cells = page.locator("#adapters-table tbody tr").first.locator("td").all_inner_texts()
-    assert cells[1:4] == [f"{value:.2f}" for value in (statistics.median(weights), min(weights), max(weights))]
+    shown = (statistics.median(weights), min(weights), max(weights))
+    assert [cells[1], *cells[3:5]] == [f"{value:.2f}" for value in shown]
     page.click("#filter-reset")
     expect(page.locator("#filter-count")).to_have_text("12 of 12 modules")
     expect(page.locator("#maps h3")).to_have_count(4)
@@ -491,3 +492,17 @@ def test_the_findings_stand_without_javascript(browser: Any, report: Path) -> No
     page.goto(report.as_uri())
     expect(page.locator("#findings")).to_contain_text("of 12 adapters is muted")
     context.close()
+
+
+def test_what_was_muted_is_seen_on_a_phone(opened: Open, report: Path) -> None:
+    page = opened(report, width=400)
+    table = page.locator("#adapters-table")
+    heads = table.locator("thead th").all_inner_texts()
+    for name in ("Weight", "Muted in"):
+        box = (
+            table.locator("thead th")
+            .nth(next(i for i, head in enumerate(heads) if head.startswith(name)))
+            .bounding_box()
+        )
+        assert box is not None and box["x"] + box["width"] <= 400
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400

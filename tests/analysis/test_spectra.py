@@ -220,6 +220,15 @@ def common_and_own(k, rank):
     return [dict.fromkeys([*range(half), *range(half + i * half, 2 * half + i * half)], 1.0) for i in range(k)]
 
 
+def common_own_and_weak(k, rank):
+    """A few directions are everybody's, as many its own, and two its own and weak: 1, 1/k, and far below."""
+    rows = []
+    for i in range(k):
+        own, weak = (range(3 + 3 * i, 6 + 3 * i), range(3 + 3 * k + 2 * i, 5 + 3 * k + 2 * i))
+        rows.append({**dict.fromkeys([*range(3), *own], 1.0), **dict.fromkeys(weak, 0.02)})
+    return rows
+
+
 def fading(k, rank):
     """Every direction is one adapter's own, and they fade evenly."""
     return [{i + k * j: math.exp(-0.02 * (i + k * j)) for j in range(rank)} for i in range(k)]
@@ -234,7 +243,7 @@ def few(k, rank):
 MINED = {
     "at-rank": (same, 6, [8], 8),
     "beyond-rank": (halves, 6, [16], 16),
-    "two-step": (common_and_own, 8, [4, 36], 36),
+    "two-step": (common_own_and_weak, 8, [3, 27], 27),
     "none": (fading, 5, [], None),
     "below-rank": (few, 6, [4], 4),
 }
@@ -243,6 +252,13 @@ MINED = {
 def mined(tmp_path, rows, dim=4, n=60, m=50, **saving):
     adapters = planted(n, m, rows)
     return build_basis(save_many(tmp_path, adapters, **saving), dim=dim, progress=False)
+
+
+def test_the_end_of_a_spectrum_is_no_second_drop(tmp_path):
+    """Beyond the 36 directions that adapters have there is rounding alone: the drop is where they part."""
+    (found,) = analyse(mined(tmp_path, common_and_own(8, 8)), draws=5).to_dict()["spectra"]
+    assert [d["index"] for d in found["drops"]] == [4]
+    assert (found["pattern"], found["suggested_dim"]) == ("below-rank", 4)
 
 
 @pytest.mark.parametrize("name", MINED)

@@ -4,11 +4,11 @@ const COLUMNS = [
   { name: "Attribute", key: (a) => attributeIndex.get(a.attribute), text: true },
   { name: "Adapter", key: (a) => a.adapter, text: true },
   { name: "Weight", key: (a) => a.weight_median, note: "median" },
+  { name: "Muted in", key: (a) => a.muted_share, note: "of the modules" },
   { name: "Least", key: (a) => a.weight_min, note: "weight" },
   { name: "Most", key: (a) => a.weight_max, note: "weight" },
   { name: "Residual", key: (a) => a.residual_median, note: "median" },
   { name: "Energy", key: (a) => a.energy_median, note: "in the subspace" },
-  { name: "Muted in", key: (a) => a.muted_share, note: "of the modules" },
 ];
 const sorting = { column: 0, descending: false };
 
@@ -67,13 +67,14 @@ function adapterRow(adapter) {
   return make(
     "tr",
     {},
-    make("td", { className: "text" }, dot, adapter.attribute),
+    make("td", { className: "text attribute", title: adapter.attribute }, dot, make("span", { text: adapter.attribute })),
     make("th", { scope: "row" }, ...breakable(adapter.adapter), ...revision),
-    ...[adapter.weight_median, adapter.weight_min, adapter.weight_max, adapter.residual_median].map((value) =>
+    make("td", { text: decimals(adapter.weight_median) }),
+    muted,
+    ...[adapter.weight_min, adapter.weight_max, adapter.residual_median].map((value) =>
       make("td", { text: decimals(value) }),
     ),
     make("td", { text: percent(adapter.energy_median) }),
-    muted,
   );
 }
 

@@ -92,6 +92,9 @@ function drawShares(shares) {
   );
 }
 
+// A source of the basis is held by it in any case.
+const sourceNote = (adapter) => (adapter.source_of.length ? ` (a source of ${adapter.source_of.join(", ")})` : "");
+
 function startExplained() {
   if (!data.explained.length) return;
   const adapterSelect = byId("explained-adapter");
@@ -99,7 +102,7 @@ function startExplained() {
   byId("explained").hidden = false;
   fillSelect(
     adapterSelect,
-    data.explained.map((adapter, index) => [String(index), adapter.adapter]),
+    data.explained.map((adapter, index) => [String(index), adapter.adapter + sourceNote(adapter)]),
     "0",
   );
   const grid = make("div");

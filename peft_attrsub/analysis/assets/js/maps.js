@@ -31,7 +31,7 @@ const QUANTITIES = {
     name: "energy at the dimension in use",
     text: "Share of the sum of squared singular values of C in the directions the basis keeps.",
     of: (s) => s.energy_at_dim,
-    write: (s) => `energy: ${percent(s.energy_at_dim)} in ${s.dim} directions`,
+    write: (s) => `energy: ${percent(s.energy_at_dim)} in ${counted(s.dim, "direction")}`,
     tick: percent,
   },
   captured: {
@@ -146,7 +146,9 @@ function facetSummary(modules, attribute) {
   if (choice.quantity === "eigenvalue") return `median ${fixed(median(values))}`;
   if (choice.quantity === "pattern") {
     const counts = PATTERNS.map((p, i) => [values.filter((v) => v === i).length, p.name]).sort((a, b) => b[0] - a[0]);
-    return `${counts[0][1] === "none" ? "no drop" : counts[0][1]} in ${percent(counts[0][0] / values.length)}`;
+    const share = percent(counts[0][0] / values.length);
+    const names = counts.filter(([count]) => count === counts[0][0]).map(([, name]) => (name === "none" ? "no drop" : name));
+    return names.length > 1 ? `a tie: ${names.join(" and ")}, ${share} each` : `${names[0]} in ${share}`;
   }
   const { log, tick } = QUANTITIES[choice.quantity];
   return `median ${tick(log ? 10 ** median(values) : median(values))}`;

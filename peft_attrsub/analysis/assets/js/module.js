@@ -58,7 +58,7 @@ function spectrumKeys(rows) {
 
 // The plain mean of all adapters, as the paper shows it: what the mining mutes has its full say there.
 function firstTrace(spectrum, attribute) {
-  const values = spectrum.first_singular_values.map((v) => (v > 0 ? v : null));
+  const values = aboveRounding(spectrum.first_singular_values);
   return {
     type: "scatter",
     mode: values.length > 1 ? "lines" : "markers",
@@ -71,9 +71,14 @@ function firstTrace(spectrum, attribute) {
   };
 }
 
+// Values under this share of the largest are rounding: on a logarithmic axis they would be most of the picture.
+const ROUNDING = 1e-6;
+const aboveRounding = (values) => values.map((v) => (v > ROUNDING * values[0] ? v : null));
+const longestOf = (rows) => Math.max(1, ...rows.map((s) => known(aboveRounding(s.singular_values)).length));
+
 function spectrumTraces(spectrum, attribute) {
   const color = attributeColor(attribute);
-  const values = spectrum.singular_values.map((v) => (v > 0 ? v : null));
+  const values = aboveRounding(spectrum.singular_values);
   const line = {
     type: "scatter",
     mode: values.length > 1 ? "lines+markers" : "markers",
@@ -114,7 +119,7 @@ function drawSpectrum(module) {
   plotOrSay(
     byId("spectrum"),
     traces,
-    { ...spectrumLayout(Math.max(1, ...rows.map((s) => s.singular_values.length))), shapes: spectrumShapes(rows) },
+    { ...spectrumLayout(longestOf(rows)), shapes: spectrumShapes(rows) },
     "No singular values: the module has no direction here.",
   );
 }
@@ -133,7 +138,7 @@ function drawAllLayers(module, attribute) {
   );
   const traces = layers.map((m, i) => {
     const color = colorAt(lineRamp(), (m.depth - span[0]) / Math.max(1, span[1] - span[0]));
-    const values = rows[i].singular_values.map((v) => (v > 0 ? v : null));
+    const values = aboveRounding(rows[i].singular_values);
     return {
       type: "scatter",
       mode: values.length > 1 ? "lines" : "markers",
@@ -148,7 +153,7 @@ function drawAllLayers(module, attribute) {
   plotOrSay(
     byId("spectrum"),
     traces,
-    { ...spectrumLayout(Math.max(1, ...rows.map((s) => s.singular_values.length))), shapes: spectrumShapes(rows) },
+    { ...spectrumLayout(longestOf(rows)), shapes: spectrumShapes(rows) },
     "No layers of this kind to show.",
   );
 }
