@@ -9,9 +9,9 @@
 3. `peft-attrsub build-basis` mines one subspace per attribute from the saved adapters; `report` shows what is in them.
 4. On a new task with 20, 50 or 200 labels, in which all attributes vary at once, only the cores are trained: from
    zero, and from the consensus of the source adapters (`init_weights="consensus"`, scales by `calibrate_start`).
-   Rivals: LoRA and full fine-tuning from the same two starts, and cores in principal singular vectors (PSV) or in
-   random directions. Every method gets the same pictures, the same steps and the same sweep of the learning rate on a
-   validation split.
+   Rivals: LoRA and full fine-tuning from the same two starts, and cores in principal singular vectors (PSV), in
+   random directions, or in those of the task's gradient. Every method gets the same pictures, the same steps and the
+   same sweep of the learning rate on a validation split.
 5. The tuned cores are saved, reloaded, exported to LoRA, and loaded by stock PEFT without this package.
 
 A summary table is printed; `summary.json` in the output folder holds all numbers.
@@ -88,7 +88,7 @@ QUICK = Settings(
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: `kind` is base, full, lora, psv, random, dials or attrsub; `size` the rank or core size.
+    """A row of the table: `kind` is base, full, lora, psv, random, gradient, dials or attrsub; `size` rank or side.
 
     start: it begins at the consensus of the source adapters, calibrated on the labels, and not at zero. few: it also
     runs with fewer labels than the most.
@@ -109,11 +109,13 @@ def list_methods(settings: Settings) -> list[Method]:
     side = settings.dim * len(ATTRIBUTES)
     methods.append(Method(f"cores {side} x {side}, random", "random", side))
     methods.append(Method(f"cores {side} x {side}, PSV", "psv", side))
+    methods.append(Method(f"cores {side} x {side}, gradient", "gradient", side, few=True))
     methods.append(Method(f"cores {side} x {side}, attributes", "attrsub", side, few=True))
     methods.append(Method("consensus alone", "base", start=True, few=True))
     methods.append(Method("full, from the consensus", "full", start=True))
     methods.append(Method("LoRA, rank 4, from the consensus", "lora", 4, start=True))
     methods.append(Method("dials, from the consensus", "dials", start=True))
+    methods.append(Method(f"cores {side} x {side}, gradient, from the consensus", "gradient", side, start=True))
     methods.append(Method(f"cores {side} x {side}, from the consensus", "attrsub", side, start=True, few=True))
     return methods
 
@@ -310,19 +312,24 @@ def drawing(settings: Settings, labels: int, run: int | None) -> tuple[Tensor, T
 
 def calibrate(out: Path, settings: Settings, labels: int, run: int | None) -> dict[str, float]:
     """The scales of the consensus that the labeled pictures of a run ask for."""
-    import torch.nn.functional as F
     from digits_model import load_vit
     from peft import get_peft_model
 
     from peft_attrsub import calibrate_start
 
-    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(pixel_values=batch[0]).logits, batch[1])
-
     pictures, answers, _ = drawing(settings, labels, run)
-    batches = list(zip(pictures.chunk(4), answers.chunk(4), strict=True))
     model = get_peft_model(load_vit(out / "base"), consensus(out, "full", {}))
-    return calibrate_start(model, batches, loss_fn, max_steps=8, verbose=False)
+    return calibrate_start(model, in_batches(pictures, answers), loss_of, max_steps=8, verbose=False)
+
+
+def in_batches(pictures: Tensor, answers: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(pictures.chunk(4), answers.chunk(4), strict=True))
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    import torch.nn.functional as F
+
+    return F.cross_entropy(model(pixel_values=batch[0]).logits, batch[1])
 
 
 def fine_tune(
@@ -349,7 +356,7 @@ def fine_tune(
         return pictures[chosen], answers[chosen]
 
     torch.manual_seed(run or 0)
-    model = adapt(load_vit(out / "base"), out, method, scales, seed=run or 0)
+    model = adapt(load_vit(out / "base"), out, method, scales, seed=run or 0, labeled=(pictures, answers))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if method.kind == "base":
         trainable = len(scales) if method.start else 0
@@ -369,13 +376,20 @@ def consensus(out: Path, core: str, scales: dict[str, float]) -> AttrSubspaceCon
     return AttrSubspaceConfig(basis=str(out / "basis"), core=core, init_weights="consensus", init_scale=scales or None)
 
 
-def adapt(model: nn.Module, out: Path, method: Method, scales: dict[str, float], seed: int) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    out: Path,
+    method: Method,
+    scales: dict[str, float],
+    seed: int,
+    labeled: tuple[Tensor, Tensor],
+) -> nn.Module:
     """The base model made ready for `method`; `scales` are of the consensus that it starts at."""
     from digits_data import ATTRIBUTES
     from digits_model import TARGETS
     from peft import LoraConfig, get_peft_model
 
-    from peft_attrsub import AttrSubspaceConfig
+    from peft_attrsub import AttrSubspaceConfig, gradient_basis
 
     if method.start:
         started = get_peft_model(model, consensus(out, "dials" if method.kind == "dials" else "full", scales))
@@ -390,6 +404,9 @@ def adapt(model: nn.Module, out: Path, method: Method, scales: dict[str, float],
         config = LoraConfig(r=method.size, lora_alpha=2 * method.size, target_modules=TARGETS)
     elif method.kind == "attrsub":
         config = AttrSubspaceConfig(basis=str(out / "basis"), dim=method.size // len(ATTRIBUTES))
+    elif method.kind == "gradient":
+        found = gradient_basis(model.eval(), in_batches(*labeled), method.size, loss_fn=loss_of, modules=TARGETS)
+        config = AttrSubspaceConfig(basis=found)
     else:
         config = AttrSubspaceConfig(basis=method.kind, dim=method.size, target_modules=TARGETS, seed=seed)
     return get_peft_model(model, config)

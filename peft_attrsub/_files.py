@@ -29,12 +29,11 @@ def readable(name: str | os.PathLike[str]) -> str:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file next to `path`, then rename it: a reader sees the old file or the whole new one, never a part.
 
-    The file gets the permissions of any new file. Its folder must exist. A link is followed. What a killed process of
-    this machine left while it wrote the same file is removed. Raises OSError; what was there then stays.
+    The file gets the permissions of any new file. Its folder must exist. A link is followed. Raises OSError; what was
+    there then stays. What a killed process leaves is found by `clear_abandoned`.
     """
     final = Path(os.path.realpath(path))
     prefix = partial_prefix(final)
-    clear_abandoned(final.parent, prefix)
     handle, beside = tempfile.mkstemp(prefix=f"{prefix}{os.getpid()}-", suffix=".tmp", dir=final.parent)
     try:
         with os.fdopen(handle, "wb") as file:

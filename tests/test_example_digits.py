@@ -44,10 +44,10 @@ def test_quick_run_goes_through_all_parts(tmp_path: Path) -> None:
     rows = {row["label"]: row for row in summary["methods"] if row["labels"] == 40}
     few = {row["label"] for row in summary["methods"] if row["labels"] == 20}
     assert few < set(rows) and any("consensus" in label for label in few)
-    kinds = ["base", "full", "lora", "psv", "random", "attrsub", "dials"]
+    kinds = ["base", "full", "lora", "psv", "random", "gradient", "attrsub", "dials"]
     assert {row["kind"] for row in rows.values()} == set(kinds)
     # Every rival from both starts; the consensus alone trains one number per attribute.
-    assert {row["kind"] for row in rows.values() if row["start"]} == {"base", "full", "lora", "attrsub", "dials"}
+    assert {row["kind"] for row in rows.values() if row["start"]} == {*kinds} - {"psv", "random"}
     assert rows["consensus alone"]["trainable"] == 4 and rows["dials, from the consensus"]["trainable"] == 24 * 4
     assert all(len(row["scales"]) == (2 if row["start"] else 0) for row in rows.values())
     assert rows["base model, untuned"]["trainable"] == 0

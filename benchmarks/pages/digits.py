@@ -88,9 +88,18 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     labels, methods = result["settings"]["labels"], result["methods"]
     figure = Figure(figsize=(3.6 * len(labels), 3.4), layout="constrained")
     panels = figure.subplots(1, len(labels), squeeze=False, sharex=True, sharey=True)[0]
-    colors = {"full": "C3", "lora": "C1", "attrsub": "C0", "dials": "C2", "psv": "C4", "random": "C7", "base": "k"}
+    colors = {
+        "full": "C3",
+        "lora": "C1",
+        "attrsub": "C0",
+        "dials": "C2",
+        "psv": "C4",
+        "random": "C7",
+        "gradient": "C5",
+        "base": "k",
+    }
     names = {"full": "full", "lora": "LoRA", "attrsub": "mined cores", "dials": "dials", "psv": "PSV cores"}
-    names |= {"random": "random cores", "base": "consensus alone"}
+    names |= {"random": "random cores", "gradient": "gradient cores", "base": "consensus alone"}
     for axes, count in zip(panels, labels, strict=True):
         rows = [method for method in methods if method["labels"] == count]
         untuned = next(row for row in rows if row["kind"] == "base" and not row["start"])

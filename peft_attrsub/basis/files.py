@@ -72,6 +72,8 @@ def atomic_folder(
 def write_file(target: str | os.PathLike[str], text: str) -> Path:
     """Write a text file beside `target` and rename it: a reader sees the old file or the whole new one."""
     final = check_file(target)
+    real = Path(os.path.realpath(final))
+    clear_abandoned(real.parent, partial_prefix(real))
     try:
         return write_atomically(final, text.encode())
     except OSError as error:

@@ -58,7 +58,7 @@ def _texts(value: Any) -> bool:
 _TYPES = {
     **dict.fromkeys(("scaling", "dropout", "lora_alpha"), (_number, "a finite number")),
     **dict.fromkeys(("lora_rank", "seed"), (_whole, "a whole number")),
-    **dict.fromkeys(("init_weights", "fan_in_fan_out", "basis_in_adapter"), (_flag, "true or false")),
+    **dict.fromkeys(("fan_in_fan_out", "basis_in_adapter"), (_flag, "true or false")),
     **dict.fromkeys(("basis_digest", "basis_revision"), (_text, "a string")),
     **dict.fromkeys(
         ("attributes", "target_modules", "exclude_modules", "lora_modules", "modules_to_save", "layers_pattern"),
