@@ -34,7 +34,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_overwrite_replaces_only_what_we_wrote(cli, basis, tmp_path, seed):
     draw = random.Random(seed)
     target = tmp_path / "target"
@@ -134,7 +134,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("limit", [100, 1000])
+@pytest.mark.parametrize("limit", [1000])
 def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(basis, tmp_path, limit):
     """A limit on the size of files stands for a full disk, in every command that writes."""
     (tmp_path / "out").mkdir()
@@ -164,7 +164,7 @@ def test_a_killed_report_is_cleared_by_the_next(cli, basis, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     left = 0
-    for at in range(1, 40):
+    for at in (1, 2, 3, 5, 8, 40):
         run = cli.start("report", basis, "-o", out / "page.html", crash_at=at, crash_in=str(out)).wait()
         left = max(left, len(list(out.iterdir())))
         assert not (out / "page.html").exists() or "</html>" in (out / "page.html").read_text()

@@ -134,7 +134,6 @@ WAYS: dict[str, Callable[[Family], dict[str, Any]]] = {
         "target_modules": None,
     },
     "dials": lambda family: {"basis": saved(family), "core": "dials"},
-    "memory-diagonal": lambda family: {"basis": mined(family), "core": "diagonal"},
     "stored-blocks": lambda family: {"basis": saved(family), "save_basis": True, "core": "block_diagonal"},
 }
 STOCK = "stock-lora"
