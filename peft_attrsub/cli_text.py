@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .basis.errors import BasisError
 from .basis.identity import BaseIdentity
-from .basis.naming import natural_key, some
+from .basis.naming import counted, natural_key, some
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -18,15 +18,11 @@ __all__ = ["built", "described", "natural_key", "plan", "projected", "pushed", "
 
 def plan(groups: dict[str, list[str]], output: Path, dim: int, allocation: str, alpha: float) -> str:
     """What build-basis is about to do."""
-    lines = [f"{_count(sum(map(len, groups.values())), 'adapter')} in {_count(len(groups), 'attribute')}:"]
+    lines = [f"{counted(sum(map(len, groups.values())), 'adapter')} in {counted(len(groups), 'attribute')}:"]
     width = max(map(len, groups))
     lines += [f"  {name:<{width}}  {len(members):>3}: {some(members)}" for name, members in groups.items()]
     lines.append(f"mining dim {dim} ({allocation}), alpha {alpha:g}, into {str(output)!r}")
     return "\n".join(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def pushed(record: dict[str, Any]) -> str:
@@ -101,7 +97,7 @@ def _table(record: dict[str, Any]) -> list[str]:
 def built(record: dict[str, Any], output: str) -> str:
     """The end of build-basis and combine."""
     return "\n".join(
-        [*_table(record), f"wrote {output!r}: {record['modules']} modules, digest {record['digest'][:16]}"]
+        [*_table(record), f"wrote {output!r}: {counted(record['modules'], 'module')}, digest {record['digest'][:16]}"]
     )
 
 
@@ -126,7 +122,7 @@ def projected(record: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in worst)
     lines += [f"  {name:<{width}}  {100 * share:6.2f} %" for name, share in worst]
     if len(record["energy"]) > len(worst):
-        lines.append(f"  ... {len(record['energy']) - len(worst)} more modules above those")
+        lines.append(f"  ... {counted(len(record['energy']) - len(worst), 'module')} more, above those")
     lines.append(f"wrote {record['output']!r}")
     return "\n".join(lines)
 

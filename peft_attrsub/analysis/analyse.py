@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis, BasisError
+from ..basis.hub import is_local
 from ..basis.naming import natural_key
 from .explain import CAPTURED_RULE, Captured, captured_energy
 from .export import rows, write_csv, write_json
@@ -114,8 +115,8 @@ def _about(basis: Basis) -> dict[str, Any]:
     source = basis.source if isinstance(basis.source, str) else None
     return {
         "name": Path(source).name if source else "basis",
-        # An absolute path says more about its writer than about the basis.
-        "source": Path(source).name if source and os.path.isabs(source) else source,
+        # A path says more about its writer than about the basis; a Hub id is its name.
+        "source": Path(os.path.abspath(source)).name if source and is_local(source) else source,
         "base_model": basis.config.base_model,
         "digest": basis.digest,
         "dtype": basis.config.dtype,

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..basis.naming import counted
+
 PATTERNS = {
     "at-rank": "one drop at the adapters' rank",
     "beyond-rank": "one drop beyond the adapters' rank",
@@ -69,11 +71,6 @@ def verdict(value: float, low: float, high: float) -> str:
     if value < low:
         return "more overlap than"
     return "less overlap than" if value > high else "as much overlap as"
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 module", "2 modules"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _known(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
@@ -185,7 +182,11 @@ def _overlap(data: dict[str, Any]) -> Finding:
         f"{'lies' if closest['modules'] == 1 else 'lie'} under the random band."
     )
     names = f"{closest['attribute']} and {closest['other']}"
-    if any(pair["median"] < pair["null_low"] for pair in pairs):
+    tied = sum(f"{pair['median']:.2f}" == f"{value:.2f}" for pair in pairs if pair["side"] == closest["side"])
+    if any(pair["median"] < pair["null_low"] for pair in pairs) and tied > 1:
+        headline = f"Most overlap: a tie of {tied} pairs, {value:.2f} (random {closest['null_median']:.2f})"
+        text = f"One of them: {names}. {text}"
+    elif any(pair["median"] < pair["null_low"] for pair in pairs):
         headline = f"Most overlap: {names}, {value:.2f} (random {closest['null_median']:.2f})"
     else:
         headline = "No pair overlaps more than random subspaces"
@@ -255,6 +256,10 @@ def _explained(data: dict[str, Any]) -> Finding | None:
         for row in rows[:5]
     ]
     whose = f"{best['adapter']}, a source of it" if best["source_of"] else best["adapter"]
+    own = [row for row in rows if bool(row["source_of"]) == bool(best["source_of"])]
+    level = sum(percent(row["joint"]) == percent(best["joint"]) for row in own)
+    if level > 1:
+        whose = f"each of {level} adapters: a tie"
     return Finding(
         "Explained adapters",
         f"The basis holds {percent(best['joint'])} of {whose}",

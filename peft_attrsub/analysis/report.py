@@ -19,7 +19,8 @@ from typing import Any
 
 from ..basis import BasisError
 from ..basis.files import check_file, write_file
-from .findings import Finding, counted, findings
+from ..basis.naming import counted
+from .findings import Finding, findings
 from .outliers import MUTED_MODULES, MUTED_WEIGHT
 
 # In the order they are joined: each file uses what stands before it.

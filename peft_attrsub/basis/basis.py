@@ -27,7 +27,7 @@ from .files import atomic_folder
 from .hub import HubOptions, fetch, open_repo, split_revision
 from .joint import Stored, check_columns, join
 from .layout import ModuleLayout
-from .naming import check_attribute, natural_key, nearest, some
+from .naming import check_attribute, counted, natural_key, nearest, some
 from .saving import PATTERNS, push_basis, write_basis
 from .storage import (
     AT_DIM,
@@ -422,12 +422,14 @@ class Basis:
 
     def __repr__(self) -> str:
         where = f" from {self.source!r}" if self.source else ""
-        lines = [f"Basis{where}: {len(self.modules)} modules of {self.config.base_model or 'an unnamed model'}"]
+        lines = [
+            f"Basis{where}: {counted(len(self.modules), 'module')} of {self.config.base_model or 'an unnamed model'}"
+        ]
         for attribute in self.attributes:
             dims = [block.dim for block in self._blocks[attribute].values()]
             width = str(max(dims)) if min(dims) == max(dims) else f"{min(dims)} to {max(dims)}"
             record = self._record(attribute)
-            origin = f"{len(record.sources)} adapters" if record.sources else record.kind
+            origin = counted(len(record.sources), "adapter") if record.sources else record.kind
             lines.append(f"  {attribute}: dim {width}, {origin}")
         return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from .._lazy import provided
+from .naming import counted
 
 if TYPE_CHECKING:
     from .basis import Basis
@@ -36,7 +37,7 @@ model = get_peft_model(model, AttrSubspaceConfig(basis="$name"))
 model.print_trainable_parameters()
 ```
 
-$modules modules, stored as $dtype, digest `$digest`.
+$modules, stored as $dtype, digest `$digest`.
 
 | attribute | dim | from | allocation | alpha |
 |---|---|---|---|---|
@@ -74,7 +75,7 @@ def model_card(basis: Basis, name: str, sections: Sequence[str] = (), license: s
         header=header.to_yaml(),
         name=name,
         model=_plain(config.base_model) if config.base_model else "the model it was mined for",
-        modules=len(basis.modules),
+        modules=counted(len(basis.modules), "module"),
         dtype=config.dtype,
         digest=basis.digest,
         attributes="\n".join(_attribute_row(basis, record.name) for record in config.attributes),
@@ -93,7 +94,7 @@ def _attribute_row(basis: Basis, attribute: str) -> str:
     record = next(a for a in basis.config.attributes if a.name == attribute)
     dims = [basis.dim(module, attribute) for module in basis.modules]
     width = f"{min(dims)}" if min(dims) == max(dims) else f"{min(dims)} to {max(dims)}"
-    origin = f"{len(record.sources)} adapters" if record.sources else record.kind
+    origin = counted(len(record.sources), "adapter") if record.sources else record.kind
     return f"| {attribute} | {width} | {origin} | {record.allocation or '-'} | {record.alpha or '-'} |"
 
 

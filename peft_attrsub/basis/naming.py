@@ -91,6 +91,11 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return (endings or difflib.get_close_matches(name, pool, n=n, cutoff=0.3))[:n]
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 module", "2 modules"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def some(names: Iterable[str], n: int = 3) -> str:
     """A short listing for error texts: the first `n` names and how many more there are."""
     pool = list(names)
