@@ -74,7 +74,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    seeds=2,
+    seeds=1,
     pretrain_steps=50,
     source_adapters=2,
     source_rank=4,
@@ -82,7 +82,7 @@ QUICK = Settings(
     dim=4,
     labels=(20, 40),
     steps=3,
-    learning_rates=(1e-3, 1e-2),
+    learning_rates=(3e-3,),
 )
 
 

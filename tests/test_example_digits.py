@@ -49,7 +49,7 @@ def test_quick_run_goes_through_all_parts(tmp_path: Path) -> None:
     # Every rival from both starts; the consensus alone trains one number per attribute.
     assert {row["kind"] for row in rows.values() if row["start"]} == {*kinds} - {"psv", "random"}
     assert rows["consensus alone"]["trainable"] == 4 and rows["dials, from the consensus"]["trainable"] == 24 * 4
-    assert all(len(row["scales"]) == (2 if row["start"] else 0) for row in rows.values())
+    assert all(len(row["scales"]) == (1 if row["start"] else 0) for row in rows.values())
     assert rows["base model, untuned"]["trainable"] == 0
     assert rows["full fine-tuning"]["trainable"] == summary["base"]["parameters"]
     # 24 linear layers with one core each; the three kinds of directions differ in nothing else.
