@@ -129,7 +129,7 @@ def list_jobs(settings: Settings) -> list[tuple[Method, int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="The attribute-subspace method end to end, on scikit-learn's handwritten digits.",
-        epilog="Three to five minutes on two CPU cores; about one with --quick, whose numbers mean nothing.",
+        epilog="Six to nine minutes on two CPU cores; about one with --quick, whose numbers mean nothing.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="output folder (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help=f"fine-tuning runs per method (default: {FULL.seeds})")

@@ -497,6 +497,8 @@ def test_the_findings_stand_without_javascript(browser: Any, report: Path) -> No
 def test_what_was_muted_is_seen_on_a_phone(opened: Open, report: Path) -> None:
     page = opened(report, width=400)
     table = page.locator("#adapters-table")
+    page.locator("#adapters").scroll_into_view_if_needed()
+    table.locator("tbody tr").first.wait_for()
     heads = table.locator("thead th").all_inner_texts()
     for name in ("Weight", "Muted in"):
         box = (
